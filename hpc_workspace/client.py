@@ -1,0 +1,410 @@
+"""The agent server's REST API, spoken through the door. The only module that uses httpx and httpcore.
+
+Both servers speak the paths of OpenHands' agent server (1.58). What only the bundled server has (a command's own id,
+float time-outs, streaming, raw transfers, exact bytes) is used where `server` says that it is the bundled one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import secrets
+import shlex
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import httpcore
+import httpx
+
+from hpc_workspace import clock
+from hpc_workspace.connect.streams import Stream
+from hpc_workspace.errors import (
+    CommandError,
+    ServerNotReadyError,
+    ServerResponseError,
+    ServerUnavailableError,
+    TunnelLostError,
+)
+from hpc_workspace.results import CommandResult, FileOperationResult, GitChange, GitDiff, OutputChunk
+
+# uvicorn drops an idle connection after 5 s (its default, which OpenHands' server keeps); leave well before it does.
+_KEEPALIVE_S = {"bundled": 45.0, "image": 2.5}
+_ANSWER_TIMEOUT_S = 60.0
+_GRACE_S = 15.0
+_COPY_BYTES = 1024 * 1024
+_POLLS_S = (0.01, 0.25)
+
+
+class _HttpStream(httpcore.NetworkStream):
+    """A stream through the door, as httpcore wants one."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        self._stream.settimeout(timeout)
+        try:
+            return self._stream.recv(max_bytes)
+        except TimeoutError as error:
+            raise httpcore.ReadTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.ReadError(str(error)) from error
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.settimeout(timeout)
+        try:
+            self._stream.sendall(buffer)
+        except TimeoutError as error:
+            raise httpcore.WriteTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore.WriteError(str(error)) from error
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - httpcore's own signature
+        return self._stream.is_readable() if info == "is_readable" else None
+
+
+class _DoorBackend(httpcore.NetworkBackend):
+    """httpcore's network, in which every address is the agent server behind the door."""
+
+    def __init__(self, dial: Callable[[], Stream]) -> None:
+        self._dial = dial
+
+    def connect_tcp(self, host: str, port: int, *args: object, **options: object) -> httpcore.NetworkStream:
+        return _HttpStream(self._dial())
+
+
+class _DoorTransport(httpx.BaseTransport):
+    """httpx over a pool of streams through the door: no TLS context, no proxy, no redirect to anywhere else."""
+
+    def __init__(self, dial: Callable[[], Stream], keepalive_s: float) -> None:
+        self._pool = httpcore.ConnectionPool(
+            max_connections=None,
+            max_keepalive_connections=16,
+            keepalive_expiry=keepalive_s,
+            network_backend=_DoorBackend(dial),
+            ssl_context=_no_tls(),
+        )
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        assert isinstance(request.stream, httpx.SyncByteStream)
+        answer = self._pool.handle_request(
+            httpcore.Request(
+                method=request.method,
+                url=httpcore.URL(
+                    scheme=request.url.raw_scheme,
+                    host=request.url.raw_host,
+                    port=request.url.port,
+                    target=request.url.raw_path,
+                ),
+                headers=request.headers.raw,
+                content=request.stream,
+                extensions=request.extensions,
+            )
+        )
+        return httpx.Response(
+            answer.status, headers=answer.headers, stream=_Body(answer), extensions=answer.extensions
+        )
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class _Body(httpx.SyncByteStream):
+    def __init__(self, answer: httpcore.Response) -> None:
+        self._answer = answer
+
+    def __iter__(self) -> Iterator[bytes]:
+        assert not isinstance(self._answer.stream, bytes)
+        yield from self._answer.iter_stream()
+
+    def close(self) -> None:
+        self._answer.close()
+
+
+def _no_tls() -> Any:  # noqa: ANN401 - ssl is imported for this alone
+    # httpcore builds a default context (22 ms) if it gets none; this one is never used, the door speaks plain HTTP.
+    import ssl
+
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+class AgentServerClient:
+    """Commands, files, git and health of one agent server.
+
+    Args:
+        dial: gives a new stream to the server, through the door.
+        api_key: goes out with every request, through proven doors only.
+        server: which of the two kinds it is.
+        working_dir: where commands start and relative paths begin.
+    """
+
+    def __init__(
+        self, dial: Callable[[], Stream], *, api_key: str, server: Literal["bundled", "image"], working_dir: str
+    ) -> None:
+        self._is_bundled = server == "bundled"
+        self._working_dir = working_dir
+        self.http = httpx.Client(
+            transport=_DoorTransport(dial, _KEEPALIVE_S[server]),
+            base_url="http://workspace",
+            headers={"X-Session-API-Key": api_key},
+            timeout=httpx.Timeout(_ANSWER_TIMEOUT_S),
+            trust_env=False,
+        )
+
+    def close(self) -> None:
+        self.http.close()
+
+    def health(self) -> dict[str, Any]:
+        """What the server says of itself: title, version, uptime, idle_time (seconds) and more.
+
+        Raises:
+            ServerError, TunnelError: it does not answer, or not sensibly.
+        """
+        return self._json("GET", "/server_info")
+
+    def execute(self, command: str, *, cwd: str | None, timeout_s: float, env: dict[str, str] | None) -> CommandResult:
+        """Run a command to its end; see `Workspace.execute_command`."""
+        body = self._command_body(command, cwd, timeout_s, env)
+        began_s = clock.now_s()
+        answer = self._json("POST", "/api/bash/execute_bash_command", json=body, timeout_s=timeout_s + _GRACE_S)
+        return self._as_result(command, answer, timeout_s, clock.now_s() - began_s)
+
+    def stream(
+        self, command: str, *, cwd: str | None, timeout_s: float | None, env: dict[str, str] | None
+    ) -> Iterator[OutputChunk | CommandResult]:
+        """A command's output as it comes, then its result, whose `stdout` and `stderr` are empty."""
+        if not self._is_bundled:
+            yield from self._poll(command, cwd, timeout_s, env)
+            return
+        body = self._command_body(command, cwd, timeout_s, env) | {"kill_on_disconnect": True}
+        read_timeout = None if timeout_s is None else timeout_s + _GRACE_S
+        request = self.http.build_request(
+            "POST", "/api/bash/stream", json=body, timeout=httpx.Timeout(_ANSWER_TIMEOUT_S, read=read_timeout)
+        )
+        response = self._send(request, stream=True)
+        try:
+            ended = False
+            for line in _lines(response):
+                event = _parse_json(line)
+                if "data_b64" in event:
+                    yield OutputChunk(stream=str(event["stream"]), data=base64.b64decode(event["data_b64"]))
+                elif "exit_code" in event:
+                    ended = True
+                    yield CommandResult(
+                        command=command,
+                        exit_code=int(event["exit_code"]),
+                        timeout_occurred=bool(event.get("timeout_occurred")),
+                    )
+            if not ended:
+                raise CommandError("The stream of a command ended before the command did.", command=command)
+        finally:
+            response.close()
+
+    def _poll(
+        self, command: str, cwd: str | None, timeout_s: float | None, env: dict[str, str] | None
+    ) -> Iterator[OutputChunk | CommandResult]:
+        """OpenHands' server streams nothing below 1 MiB: ask for what there is until there is an exit code."""
+        body = self._command_body(command, cwd, 86400.0 if timeout_s is None else timeout_s, env)
+        began_s = clock.now_s()
+        started = self._json("POST", "/api/bash/start_bash_command", json=body)
+        order = -1
+        for pause_s in clock.pauses_s(*_POLLS_S):
+            params = {"command_id__eq": str(started["id"]), "kind__eq": "BashOutput", "order__gt": str(order)}
+            page = self._json("GET", "/api/bash/bash_events/search", params=params)
+            for event in page["items"]:
+                order = max(order, int(event["order"]))
+                for name in ("stdout", "stderr"):
+                    if event.get(name):
+                        yield OutputChunk(stream=name, data=event[name].encode("utf-8", "surrogateescape"))
+                if event.get("exit_code") is not None:
+                    result = self._as_result(command, event, timeout_s or math.inf, clock.now_s() - began_s)
+                    yield result.model_copy(update={"stdout": "", "stderr": ""})
+                    return
+            clock.sleep(pause_s)
+
+    def upload(self, source: Path, destination: str) -> FileOperationResult:
+        """Copy a file of ours into the workspace, with its mode; memory does not grow with its size."""
+        path = self._absolute(destination)
+        found = source.stat()
+        with source.open("rb") as file:
+            if self._is_bundled:
+                params = {"path": path, "mode": f"{found.st_mode & 0o777:04o}", "mtime": repr(found.st_mtime)}
+                headers = {"Content-Length": str(found.st_size)}
+                self._json("PUT", "/api/file/raw", params=params, content=_chunks(file), headers=headers)
+            else:
+                self._json("POST", "/api/file/upload", params={"path": path}, files={"file": ("upload", file)})
+                self.execute(f"chmod {found.st_mode & 0o777:04o} {shlex.quote(path)}", cwd="/", timeout_s=30, env=None)
+        return FileOperationResult(source_path=str(source), destination_path=path, file_size=found.st_size)
+
+    def write(self, data: bytes, destination: str, mode: int) -> FileOperationResult:
+        """Put bytes into a file of the workspace."""
+        path = self._absolute(destination)
+        if self._is_bundled:
+            self._json("PUT", "/api/file/raw", params={"path": path, "mode": f"{mode:04o}"}, content=data)
+        else:
+            self._json("POST", "/api/file/upload", params={"path": path}, files={"file": ("upload", data)})
+        return FileOperationResult(source_path="", destination_path=path, file_size=len(data))
+
+    def download(self, source: str, destination: Path) -> FileOperationResult:
+        """Copy a file of the workspace to ours, whole or not at all, with its mode where the server tells it."""
+        path = self._absolute(source)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        aside = destination.parent / f".{destination.name}.{secrets.token_hex(6)}.part"
+        request = self.http.build_request("GET", "/api/file/download", params={"path": path})
+        response = self._send(request, stream=True)
+        size = 0
+        try:
+            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                for piece in _guarded(response.iter_raw(_COPY_BYTES)):
+                    file.write(piece)
+                    size += len(piece)
+                os.fchmod(file.fileno(), int(response.headers.get("X-File-Mode", "0644"), 8) & 0o777)
+            aside.replace(destination)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        finally:
+            response.close()
+        return FileOperationResult(source_path=path, destination_path=str(destination), file_size=size)
+
+    def read(self, source: str) -> bytes:
+        """The content of a file of the workspace."""
+        request = self.http.build_request("GET", "/api/file/download", params={"path": self._absolute(source)})
+        return self._send(request).content
+
+    def git_changes(self, path: str) -> list[GitChange]:
+        """The changed files of the repository at `path`; empty where there is none."""
+        answer = self._any("GET", "/api/git/changes", params={"path": self._absolute(path)})
+        return [GitChange.model_validate(item) for item in answer]
+
+    def git_diff(self, path: str) -> GitDiff:
+        """The file at `path` before and after."""
+        return GitDiff.model_validate(self._json("GET", "/api/git/diff", params={"path": self._absolute(path)}))
+
+    def _absolute(self, path: str) -> str:
+        return path if path.startswith("/") else f"{self._working_dir.rstrip('/')}/{path}"
+
+    def _command_body(
+        self, command: str, cwd: str | None, timeout_s: float | None, env: dict[str, str] | None
+    ) -> dict[str, Any]:
+        where = self._absolute(cwd) if cwd else self._working_dir
+        if self._is_bundled:
+            return {"id": str(uuid.uuid4()), "command": command, "cwd": where, "timeout": timeout_s, "env": env or {}}
+        # OpenHands' server runs /bin/sh, takes whole seconds (0 means none at all), and gives its own stdin.
+        return {"command": wrap_command(command, where, env or {}), "timeout": max(1, math.ceil(timeout_s or 1))}
+
+    def _as_result(self, command: str, answer: dict[str, Any], timeout_s: float, took_s: float) -> CommandResult:
+        code = answer.get("exit_code")
+        if not isinstance(code, int):
+            raise ServerResponseError("The agent server gave no exit code.", evidence=str(answer)[:500])
+        timed_out = bool(answer.get("timeout_occurred"))
+        if not self._is_bundled and code == -1:
+            # Its -1 is a time-out, or a spawn that failed; only the clock tells them apart.
+            timed_out = took_s >= math.floor(timeout_s)
+            if not timed_out:
+                raise CommandError(
+                    "The agent server could not start a command.", command=command, evidence=str(answer.get("stderr"))
+                )
+        return CommandResult(
+            command=command,
+            exit_code=code,
+            stdout=_text(answer, "stdout"),
+            stderr=_text(answer, "stderr"),
+            timeout_occurred=timed_out,
+            truncated=bool(answer.get("stdout_truncated") or answer.get("stderr_truncated")),
+        )
+
+    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:  # noqa: ANN401 - httpx's own options
+        answer = self._any(method, path, **options)
+        if not isinstance(answer, dict):
+            raise ServerResponseError(f"{method} {path}: the answer is not an object.", evidence=repr(answer)[:500])
+        return answer
+
+    def _any(self, method: str, path: str, *, timeout_s: float | None = None, **options: Any) -> Any:  # noqa: ANN401
+        if timeout_s is not None:
+            options["timeout"] = httpx.Timeout(_ANSWER_TIMEOUT_S, read=timeout_s)
+        return _parse_json(self._send(self.http.build_request(method, path, **options)).content)
+
+    def _send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
+        """The answer to `request`, if it is a good one.
+
+        Raises:
+            ServerNotReadyError, ServerUnavailableError, ServerResponseError, TunnelError
+        """
+        what = f"{request.method} {request.url.path}"
+        try:
+            response = self.http.send(request, stream=stream)
+        except (httpcore.TimeoutException, httpx.TimeoutException) as error:
+            raise ServerNotReadyError(f"{what}: the agent server did not answer in time.", evidence=str(error)) from error
+        except (httpcore.RemoteProtocolError, httpx.RemoteProtocolError) as error:
+            raise ServerUnavailableError(f"{what}: the agent server hung up.", evidence=str(error)) from error
+        except (httpcore.NetworkError, httpx.TransportError) as error:
+            raise TunnelLostError(f"{what}: the connection broke.", evidence=str(error)) from error
+        if response.is_success:
+            return response
+        try:
+            detail = response.read()[:2000].decode("utf-8", "replace")
+        finally:
+            response.close()
+        raise _response_error(what, response.status_code, detail)
+
+
+def wrap_command(command: str, cwd: str, env: dict[str, str]) -> str:
+    """`command` for a server that runs /bin/sh: in `cwd`, with `env` and an empty stdin, in bash where there is one."""
+    settings = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
+    line = shlex.quote(command)
+    return (
+        f"cd -- {shlex.quote(cwd)} || exit 1; {settings}"
+        f"if command -v bash >/dev/null 2>&1; then exec bash -c {line} </dev/null; else exec sh -c {line} </dev/null; fi"
+    )
+
+
+def _text(answer: dict[str, Any], name: str) -> str:
+    encoded = answer.get(f"{name}_b64")
+    if encoded:
+        return base64.b64decode(encoded).decode("utf-8", "surrogateescape")
+    return str(answer.get(name) or "")
+
+
+def _chunks(file: Any) -> Iterator[bytes]:  # noqa: ANN401 - any binary file
+    while data := file.read(_COPY_BYTES):
+        yield data
+
+
+def _guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """`pieces`, with what can break while a body is read as one of our errors."""
+    try:
+        yield from pieces
+    except (httpcore.TimeoutException, httpx.TimeoutException) as error:
+        raise ServerNotReadyError("The agent server stopped in the middle of an answer.", evidence=str(error)) from error
+    except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpx.TransportError) as error:
+        raise TunnelLostError("The connection broke in the middle of an answer.", evidence=str(error)) from error
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    rest = b""
+    for piece in _guarded(response.iter_raw()):
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from (line for line in whole if line)
+    if rest:
+        yield rest
+
+
+def _parse_json(data: bytes) -> Any:  # noqa: ANN401 - JSON is anything
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ServerResponseError("The agent server's answer is not JSON.", evidence=repr(data[:200])) from error
+
+
+def _response_error(what: str, status: int, detail: str) -> ServerResponseError:
+    remedy = "Its key has changed: attach to the workspace anew." if status in (401, 403) else ""
+    return ServerResponseError(f"{what}: the agent server answered {status}.", status=status, evidence=detail, remedy=remedy)

@@ -1,0 +1,99 @@
+"""A port of 127.0.0.1 on the client's side for other people's clients: each connection goes on through the door."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+
+from hpc_workspace import procfs
+from hpc_workspace.connect.streams import Stream
+from hpc_workspace.errors import PrerequisiteError, WorkspaceError
+
+log = logging.getLogger(__name__)
+
+_RELAY_BYTES = 256 * 1024
+
+
+class Listener:
+    """Listens until `close`; serves this user only.
+
+    Args:
+        dial: gives the stream that a connection is relayed to.
+        port: to listen on; None: any that is free.
+
+    Raises:
+        PrerequisiteError: the port is taken.
+    """
+
+    def __init__(self, dial: Callable[[], Stream], port: int | None = None) -> None:
+        self._dial = dial
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        # A port that was closed a moment ago can be used at once; one that somebody listens on is still refused.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind(("127.0.0.1", port or 0))
+            self._socket.listen(128)
+        except OSError as error:
+            self._socket.close()
+            raise PrerequisiteError(
+                f"Port {port} is not available", remedy="Choose another host_port, or leave it out."
+            ) from error
+        self.port = int(self._socket.getsockname()[1])
+        threading.Thread(target=self._accept, name=f"hpc-workspace-listener-{self.port}", daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"<Listener {self.url}>"
+
+    def close(self) -> None:
+        """Stop listening; open connections end when either side ends them."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, (_, peer_port) = self._socket.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._serve, args=(connection, peer_port), daemon=True).start()
+
+    def _serve(self, connection: socket.socket, peer_port: int) -> None:
+        with contextlib.closing(connection):
+            uid = procfs.tcp_peer_uid(peer_port, self.port)
+            if uid is not None and uid != os.getuid():
+                log.warning("port %d: turned user %d away", self.port, uid)
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                stream = self._dial()
+            except WorkspaceError as error:
+                log.warning("port %d: %s", self.port, error.what)
+                return
+            with contextlib.closing(stream):
+                back = threading.Thread(target=_from_stream, args=(stream, connection), daemon=True)
+                back.start()
+                _to_stream(connection, stream)
+            back.join()
+
+
+def _to_stream(connection: socket.socket, stream: Stream) -> None:
+    with contextlib.suppress(OSError, WorkspaceError):
+        while data := connection.recv(_RELAY_BYTES):
+            stream.sendall(data)
+
+
+def _from_stream(stream: Stream, connection: socket.socket) -> None:
+    with contextlib.suppress(OSError, WorkspaceError):
+        while data := stream.recv(_RELAY_BYTES):
+            connection.sendall(data)
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

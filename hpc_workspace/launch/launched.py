@@ -1,0 +1,24 @@
+"""What every launched node program has in common."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hpc_workspace.errors import WorkspaceError
+
+
+class Launched(Protocol):
+    """A node program that was started, as its client sees it without the record.
+
+    Guarantees: `find_end` returns None while it runs or while nobody knows, and else an error that says how it ended;
+    it never blocks for longer than one question to Slurm. `end` asks for the end from outside the door. `wait_gone`
+    is true once nothing of it runs any more. `describe` is a line for a person who waits.
+    """
+
+    job_id: str | None
+
+    def find_end(self) -> WorkspaceError | None: ...
+    def is_pending(self) -> bool: ...
+    def end(self) -> None: ...
+    def wait_gone(self, timeout_s: float) -> bool: ...
+    def describe(self) -> str: ...

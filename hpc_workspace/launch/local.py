@@ -1,0 +1,100 @@
+"""The node program as a process of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from hpc_workspace import clock, processes, procfs
+from hpc_workspace.errors import ContainerError, WorkspaceError
+from hpc_workspace.record import Record
+from hpc_workspace.rendezvous import WorkspaceDirectory
+
+_LOOK_S = 0.01
+
+
+def launch(directory: WorkspaceDirectory) -> LocalLaunched:
+    """Start the node program for `directory`; its log is node.log."""
+    with directory.node_log.open("ab") as log:
+        argv = [sys.executable, "-m", "hpc_workspace.node", str(directory.path)]
+        child = processes.spawn(argv, output=log, env=_environment(), cwd=str(directory.path))
+    return LocalLaunched(directory, child)
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, in which the interpreter's import path is absolute: the child has another cwd."""
+    environment = dict(os.environ)
+    if "PYTHONPATH" in environment:
+        paths = [os.path.abspath(path or ".") for path in environment["PYTHONPATH"].split(os.pathsep)]  # noqa: PTH100
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
+class LocalLaunched:
+    """A node program that this process started."""
+
+    job_id: str | None = None
+
+    def __init__(self, directory: WorkspaceDirectory, child: processes.Child) -> None:
+        self._directory = directory
+        self._child = child
+
+    def find_end(self) -> WorkspaceError | None:
+        returncode = self._child.returncode()
+        if returncode is None:
+            return None
+        return ContainerError(
+            f"The node program of workspace {self._directory.workspace_id} ended with exit code {returncode}.",
+            evidence=f"Last lines of {self._directory.node_log}:\n{self._directory.log_tail(self._directory.node_log)}",
+        )
+
+    def is_pending(self) -> bool:
+        return False
+
+    def end(self) -> None:
+        self._child.send_signal(signal.SIGTERM)
+
+    def wait_gone(self, timeout_s: float) -> bool:
+        return self._child.wait(timeout_s) is not None
+
+    def describe(self) -> str:
+        return f"starting on this machine (process {self._child.pid})"
+
+
+class LocalAttached:
+    """A node program of this machine that another process started, known by its record."""
+
+    job_id: str | None = None
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        process = procfs.read_process(record.pid)
+        # An id may have been given to another process since; its start time tells.
+        self._start_ticks = process.start_ticks if process else None
+
+    def _is_running(self) -> bool:
+        process = procfs.read_process(self._record.pid)
+        return process is not None and process.start_ticks == self._start_ticks and not process.is_zombie
+
+    def find_end(self) -> WorkspaceError | None:
+        if self._is_running():
+            return None
+        return ContainerError(f"The node program of workspace {self._record.workspace_id} has ended.")
+
+    def is_pending(self) -> bool:
+        return False
+
+    def end(self) -> None:
+        """Nothing: a process that this one did not start is ended through its door, never by its number."""
+
+    def wait_gone(self, timeout_s: float) -> bool:
+        deadline = clock.Deadline(timeout_s)
+        while self._is_running():
+            if deadline.is_over:
+                return False
+            clock.sleep(_LOOK_S)
+        return True
+
+    def describe(self) -> str:
+        return f"running on this machine (process {self._record.pid})"

@@ -1,0 +1,256 @@
+"""The node program in a batch job: submit, know, cancel. The states are Slurm's own; unknown is never an end."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import shlex
+import sys
+import threading
+from pathlib import Path
+
+from hpc_workspace import clock, processes
+from hpc_workspace.errors import (
+    ConfigError,
+    JobEndedError,
+    PrerequisiteError,
+    SchedulerUnavailableError,
+    SubmitError,
+    WorkspaceError,
+)
+from hpc_workspace.launch import slurm_commands
+from hpc_workspace.launch.slurm_commands import JobStatus
+from hpc_workspace.options import SlurmOptions
+from hpc_workspace.rendezvous import WorkspaceDirectory
+
+_TEMPLATE = "workspace.sbatch.j2"
+_QUESTION_TIMEOUT_S = 45.0
+_ASK_AGAIN_S = 2.0
+_LOST_AFTER_S = 90.0
+
+
+def find_template(path: str | None) -> Path:
+    """The batch script's template: the user's own, or ours, in the wheel or beside the package in a checkout.
+
+    Raises:
+        ConfigError: the user's own is not there.
+    """
+    if path is not None:
+        own = Path(path).expanduser()
+        if not own.is_file():
+            raise ConfigError(f"SlurmOptions: template {path} is not a file.", option="template")
+        return own
+    package = Path(str(importlib.resources.files("hpc_workspace")))
+    for folder in (package / "slurm_templates", package.parent / "slurm_templates"):
+        if (folder / _TEMPLATE).is_file():
+            return folder / _TEMPLATE
+    raise PrerequisiteError(f"{_TEMPLATE} is missing from the installation.", remedy="Install hpc-workspace anew.")
+
+
+def render_batch_script(template: Path, *, options: SlurmOptions, directory: str) -> str:
+    """The batch script. Values are quoted by the template's filter `quote`; a name it does not know is an error.
+
+    Raises:
+        ConfigError: the template is broken.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(  # noqa: S701 - shell, not HTML: the filter quotes
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["quote"] = shlex.quote
+    try:
+        return environment.from_string(template.read_text()).render(
+            python=options.python or sys.executable, directory=directory, setup=options.setup
+        )
+    except jinja2.TemplateError as error:
+        raise ConfigError(
+            f"The batch script template {template} is broken.", option="template", evidence=str(error)
+        ) from error
+
+
+def submit(directory: WorkspaceDirectory, options: SlurmOptions) -> SlurmLaunched:
+    """Render the batch script and submit it.
+
+    Raises:
+        ConfigError: the template is broken.
+        PrerequisiteError: there is no sbatch.
+        SubmitError: sbatch refused.
+        SchedulerUnavailableError: it did not answer, and no job with our name is queued.
+    """
+    script = render_batch_script(find_template(options.template), options=options, directory=str(directory.path))
+    directory.write_batch_script(script)
+    argv = slurm_commands.build_sbatch_argv(
+        options,
+        name=job_name(directory),
+        directory=str(directory.path),
+        script=str(directory.batch_script),
+        log=str(directory.node_log),
+        exported=[name for name in slurm_commands.EXPORTED if name in os.environ],
+    )
+    try:
+        ended = processes.run(argv, timeout_s=_QUESTION_TIMEOUT_S, env=slurm_commands.strip_environment(os.environ))
+    except processes.ProgramTimeoutError as error:
+        raise SchedulerUnavailableError(
+            f"sbatch did not answer within {error.timeout_s:g} s; the job may or may not have been queued.",
+            remedy=f"Look for it: squeue --me --name={job_name(directory)}",
+        ) from error
+    if ended.returncode != 0:
+        raise SubmitError(
+            "sbatch refused the job.",
+            evidence=ended.said,
+            remedy="`sinfo -s` lists the partitions; `sacctmgr show assoc user=$USER` your accounts.",
+        )
+    return SlurmLaunched(directory, slurm_commands.parse_sbatch(ended.stdout), options.python or sys.executable)
+
+
+def job_name(directory: WorkspaceDirectory) -> str:
+    return f"hpcws-{directory.workspace_id}"
+
+
+class JobView:
+    """What Slurm knows about all jobs of this user, asked with one question and at most every few seconds."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked: clock.Deadline | None = None
+        self._jobs: dict[str, JobStatus] = {}
+
+    def status(self, job_id: str, *, max_age_s: float = _ASK_AGAIN_S) -> JobStatus | None:
+        """The job as of at most `max_age_s` ago; None if Slurm does not mention it.
+
+        Raises:
+            SchedulerUnavailableError: Slurm does not answer, which says nothing about the job.
+        """
+        with self._lock:
+            if self._asked is None or self._asked.elapsed_s >= max_age_s:
+                self._jobs = self._ask()
+                self._asked = clock.Deadline(None)
+            return self._jobs.get(job_id)
+
+    def _ask(self) -> dict[str, JobStatus]:
+        try:
+            ended = processes.run(
+                slurm_commands.build_squeue_argv(),
+                timeout_s=_QUESTION_TIMEOUT_S,
+                env=slurm_commands.strip_environment(os.environ),
+            )
+        except processes.ProgramTimeoutError as error:
+            raise SchedulerUnavailableError(str(error)) from error
+        if ended.returncode != 0:
+            raise SchedulerUnavailableError("squeue failed.", evidence=ended.said)
+        return slurm_commands.parse_squeue(ended.stdout)
+
+
+view = JobView()
+
+
+class SlurmLaunched:
+    """A node program in a job, submitted by this process or another."""
+
+    def __init__(self, directory: WorkspaceDirectory, job_id: str, python: str) -> None:
+        self.job_id: str | None = job_id
+        self._job = job_id
+        self._directory = directory
+        self._python = python
+        self._last = JobStatus(job_id, "PENDING")
+        self._missing: clock.Deadline | None = None
+
+    def status(self, *, max_age_s: float = _ASK_AGAIN_S) -> JobStatus:
+        """The job's last known status; LOST once nobody has known it for 90 s.
+
+        Raises:
+            SchedulerUnavailableError: Slurm does not answer.
+        """
+        if self._last.is_final:
+            return self._last
+        found = view.status(self._job, max_age_s=max_age_s) or self._ask_accounting()
+        if found is not None:
+            self._last, self._missing = found, None
+            return found
+        self._missing = self._missing or clock.Deadline(_LOST_AFTER_S)
+        return JobStatus(self._job, "LOST", self._last.node) if self._missing.is_over else self._last
+
+    def _ask_accounting(self) -> JobStatus | None:
+        if processes.find_program("sacct") is None:
+            return None
+        argv = slurm_commands.build_sacct_argv(self._job)
+        try:
+            ended = processes.run(argv, timeout_s=_QUESTION_TIMEOUT_S, env=slurm_commands.strip_environment(os.environ))
+        except processes.ProgramTimeoutError:
+            return None
+        return slurm_commands.parse_sacct(ended.stdout) if ended.returncode == 0 else None
+
+    def find_end(self) -> WorkspaceError | None:
+        try:
+            status = self.status()
+        except SchedulerUnavailableError:
+            return None
+        if not status.is_final and status.state != "LOST":
+            return None
+        return job_ended_error(self._directory, status, self._python)
+
+    def is_pending(self) -> bool:
+        return self._last.is_waiting
+
+    def end(self) -> None:
+        """Cancel the job.
+
+        Raises:
+            SchedulerUnavailableError: Slurm does not answer; the job may still run.
+        """
+        argv = slurm_commands.build_scancel_argv(self._job)
+        try:
+            ended = processes.run(argv, timeout_s=_QUESTION_TIMEOUT_S, env=slurm_commands.strip_environment(os.environ))
+        except processes.ProgramTimeoutError as error:
+            raise SchedulerUnavailableError(str(error), job_id=self._job) from error
+        if ended.returncode != 0 and "Invalid job id" not in ended.said:
+            raise SchedulerUnavailableError(f"scancel {self._job} failed.", job_id=self._job, evidence=ended.said)
+
+    def wait_gone(self, timeout_s: float) -> bool:
+        deadline = clock.Deadline(timeout_s)
+        for pause_s in clock.pauses_s(0.05, 2.0):
+            try:
+                status = view.status(self._job, max_age_s=0.0)
+            except SchedulerUnavailableError:
+                status = self._last
+            if status is None or status.is_final:
+                return True
+            if deadline.is_over:
+                return False
+            clock.sleep(min(pause_s, deadline.left_s))
+        return False
+
+    def describe(self) -> str:
+        because = f" ({self._last.reason})" if self._last.is_waiting and self._last.reason not in ("", "None") else ""
+        return f"Slurm job {self._job}: {self._last.state}{because}"
+
+
+def job_ended_error(directory: WorkspaceDirectory, status: JobStatus, python: str) -> WorkspaceError:
+    """Why a job ended before its workspace published an address, with the tail of its log."""
+    tail = directory.log_tail(directory.node_log)
+    if "No module named" in tail and "hpc_workspace" in tail or "not found" in tail and python in tail or (
+        "No such file" in tail and python in tail
+    ):
+        return PrerequisiteError(
+            f"The interpreter {python} can't run hpc_workspace on node {status.node or '?'} (Slurm job {status.job_id}).",
+            evidence=f"Last lines of {directory.node_log}:\n{tail}",
+            remedy='Name one that the nodes have: SlurmOptions(python="/shared/venv/bin/python").',
+        )
+    on = f" on {status.node}" if status.node else ""
+    return JobEndedError(
+        f"Slurm job {status.job_id} ended as {status.state}{on} before the workspace was ready.",
+        job_id=status.job_id,
+        state=status.state,
+        node=status.node,
+        evidence=f"Last lines of {directory.node_log}:\n{tail}" if tail else f"{directory.node_log} is empty.",
+        remedy=_REMEDIES.get(status.state, "").format(node=status.node),
+    )
+
+
+_REMEDIES = {
+    "TIMEOUT": 'Ask for more time: SlurmOptions(time="02:00:00").',
+    "OUT_OF_MEMORY": 'Ask for more memory: SlurmOptions(mem="8G").',
+    "NODE_FAIL": 'Exclude the node: SlurmOptions(exclude="{node}").',
+    "LOST": "Slurm no longer knows the job: ask its administrators.",
+}

@@ -1,0 +1,152 @@
+"""Slurm's command lines, as pairs of pure functions: build the argv, parse the answer.
+
+Source: sbatch(1), squeue(1), sacct(1) and scancel(1) of Slurm 24.11. Not `--json`: its shapes changed in 23.02, 23.11
+and 24.05.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpc_workspace.errors import SubmitError
+from hpc_workspace.options import SlurmOptions
+
+_SEPARATOR = "\x1f"
+_SQUEUE_FORMAT = _SEPARATOR.join(("%i", "%T", "%N", "%r", "%S"))
+_JOB_ID = re.compile(r"(\d+)(?:;\S+)?")
+
+# squeue(1), JOB STATE CODES. What is in neither set (PENDING, RUNNING, SUSPENDED, COMPLETING, REQUEUED, or a word of a
+# later Slurm) is not an end.
+FINAL_STATES = frozenset(
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    }
+)
+WAITING_STATES = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD"})
+
+# What reaches the job of the submitter's environment, and nothing else: never the API keys in it.
+EXPORTED = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "LC_ALL",
+    "HPC_WORKSPACE_HOME",
+    "HPC_WORKSPACE_CACHE",
+    "PYTHONPATH",
+)
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job as Slurm sees it. `state` is Slurm's own word; `node` and `reason` may be empty."""
+
+    job_id: str
+    state: str
+    node: str = ""
+    reason: str = ""
+    start: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL_STATES
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.state in WAITING_STATES
+
+
+def build_sbatch_argv(options: SlurmOptions, *, name: str, directory: str, script: str, log: str, exported: list[str]) -> list[str]:
+    """The argv that submits `script`. Every option of the user's is on argv and none in the script's text.
+
+    Args:
+        name: the job's name, unique, so that it can be found after a submit that timed out.
+        exported: names of variables that reach the job.
+    """
+    argv = [
+        "sbatch",
+        "--parsable",
+        f"--job-name={name}",
+        f"--chdir={directory}",
+        # A % in a file name is a pattern; doubled it is itself (sbatch(1), FILENAME PATTERN).
+        f"--output={log.replace('%', '%%')}",
+        "--open-mode=append",
+        f"--export={','.join(exported) or 'NIL'}",
+        "--no-requeue",
+        "--nodes=1",
+        "--ntasks=1",
+        "--signal=B:USR1@120",
+    ]
+    own = {"extra", "setup", "template", "python"}
+    named = {field: value for field, value in options.model_dump(exclude=own).items() if value is not None}
+    for option, value in {**named, **options.extra}.items():
+        flag = f"--{option.lstrip('-').replace('_', '-')}"
+        argv.append(flag if value is None else f"{flag}={value}")
+    return [*argv, script]
+
+
+def parse_sbatch(stdout: str) -> str:
+    """The new job's id, from `sbatch --parsable`: `id` or `id;cluster`, sometimes after lines of a site's own.
+
+    Raises:
+        SubmitError: there is none.
+    """
+    for line in reversed(stdout.splitlines()):
+        if match := _JOB_ID.fullmatch(line.strip()):
+            return match[1]
+    raise SubmitError("sbatch gave no job id.", evidence=stdout.strip()[-1000:])
+
+
+def build_squeue_argv() -> list[str]:
+    """The argv that asks for all of this user's jobs at once, those that ended a while ago too."""
+    return ["squeue", "--noheader", "--me", "--all", "--states=all", "--array", f"--format={_SQUEUE_FORMAT}"]
+
+
+def parse_squeue(stdout: str) -> dict[str, JobStatus]:
+    """Each job by its id. A job that is not there has not necessarily ended: squeue forgets, and omits in silence."""
+    found = {}
+    for line in stdout.splitlines():
+        fields = [field.strip() for field in line.split(_SEPARATOR)]
+        if len(fields) == 5 and fields[0]:
+            found[fields[0]] = JobStatus(*fields)
+    return found
+
+
+def build_sacct_argv(job_id: str) -> list[str]:
+    return ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=JobID,State,NodeList,Reason"]
+
+
+def parse_sacct(stdout: str) -> JobStatus | None:
+    """The last state that accounting knows; None if it knows nothing. `CANCELLED by 1000` is told as CANCELLED."""
+    for line in reversed(stdout.splitlines()):
+        fields = line.split("|")
+        if len(fields) == 4 and fields[1]:
+            word, _, by = fields[1].partition(" ")
+            return JobStatus(fields[0], word, "" if fields[2] == "None assigned" else fields[2], by or fields[3])
+    return None
+
+
+def build_scancel_argv(job_id: str) -> list[str]:
+    return ["scancel", "--quiet", job_id]
+
+
+def strip_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` for Slurm's commands: without a surrounding job's variables, which would count as options."""
+    kept_ones = {"SLURM_CONF", "SLURM_CLUSTERS"}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in kept_ones or not name.startswith(("SLURM_", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SCANCEL_"))
+    }

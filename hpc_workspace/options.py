@@ -1,0 +1,224 @@
+"""The options of a workspace, validated before anything happens.
+
+Shapes only: whether a file exists or a program is there is for the parts that use it.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from hpc_workspace.errors import ConfigError
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+# sbatch(1) 24.11, --time: "minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours", "days-hours:minutes"
+# and "days-hours:minutes:seconds".
+_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+# sbatch(1) 24.11, --mem: a number with one of K, M, G, T; megabytes without.
+_MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|d)?")
+_DURATION_S = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _no_control(value: str) -> str:
+    """Refuse control characters: a newline in a batch script is a new line of shell."""
+    if _CONTROL.search(value):
+        raise ValueError("has a control character (a newline, say)")
+    return value
+
+
+def _matching(pattern: re.Pattern[str], shape: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not pattern.fullmatch(value):
+            raise ValueError(f"is not {shape}")
+        return value
+
+    return AfterValidator(check)
+
+
+def parse_duration_s(value: str | float | None) -> float | None:
+    """Seconds of `15min`, `90s`, `2h`, `1d` or a bare number of seconds; None stays None (never).
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    if value is None or isinstance(value, (int, float)):
+        return None if value is None else float(value)
+    match = _DURATION.fullmatch(value.strip())
+    if not match:
+        raise ValueError("is not a duration such as 90s, 15min, 2h or 1d")
+    return float(match[1]) * _DURATION_S[match[2] or ""]
+
+
+def _as_text(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, AfterValidator(_no_control)]
+VariableName = Annotated[str, _matching(_VARIABLE, "a variable's name")]
+Duration = Annotated[float | None, BeforeValidator(parse_duration_s)]
+SlurmTime = Annotated[
+    str, BeforeValidator(_as_text), _matching(_TIME, "a time as sbatch takes it, such as 30, 01:00:00 or 2-12:00:00")
+]
+SlurmMemory = Annotated[str, BeforeValidator(_as_text), _matching(_MEMORY, "a size as sbatch takes it, such as 4G")]
+
+
+class SlurmOptions(BaseModel):
+    """What to ask Slurm for: sbatch's long option names with underscores, its own formats.
+
+    A field left out is left out of sbatch's argv too, so that the site's default holds.
+
+    Attributes:
+        time: sbatch's formats; a bare number is minutes.
+        mem, mem_per_cpu: a number with K, M, G or T; a bare number is megabytes.
+        extra: any other long option, by its name with dashes or underscores; None for a flag without a value.
+        setup: shell lines that run before the node program, such as `module load apptainer`.
+        template: path of an own batch script template (jinja2) in place of `slurm_templates/workspace.sbatch.j2`.
+        python: the interpreter on the node; it must have this package. None: the one that runs now.
+
+    Source: sbatch(1) of Slurm 24.11.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    partition: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
+    reservation: Text | None = None
+    time: SlurmTime | None = None
+    cpus_per_task: Annotated[int, Field(gt=0)] | None = None
+    mem: SlurmMemory | None = None
+    mem_per_cpu: SlurmMemory | None = None
+    gres: Text | None = None
+    gpus: Text | None = None
+    constraint: Text | None = None
+    nodelist: Text | None = None
+    exclude: Text | None = None
+    comment: Text | None = None
+    extra: dict[Text, Text | None] = Field(default_factory=dict)
+    setup: list[Text] = Field(default_factory=list)
+    template: Text | None = None
+    python: Text | None = None
+
+    def __init__(self, **values: Any) -> None:
+        with _config_errors("SlurmOptions"):
+            super().__init__(**values)
+
+    @model_validator(mode="after")
+    def _one_memory(self) -> SlurmOptions:
+        if self.mem is not None and self.mem_per_cpu is not None:
+            raise ValueError("mem and mem_per_cpu contradict each other: give one of them")
+        return self
+
+
+def this_platform() -> str:
+    """This machine's platform as OCI writes it, such as linux/amd64."""
+    machine = platform.machine().lower()
+    return "linux/" + {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+
+
+class WorkspaceOptions(BaseModel):
+    """Every option of `ApptainerWorkspace`; `docs/options.md` says what each does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    server_image: Text | None = None
+    sif_file: Text | None = None
+    image: Text | None = None
+    host_port: Annotated[int, Field(gt=0, lt=65536)] | None = None
+    mount_dir: Text | None = None
+    working_dir: Text = "/workspace"
+    cache_dir: Text | None = None
+    forward_env: list[VariableName] = Field(default_factory=lambda: ["DEBUG"])
+    detach_logs: bool = True
+    platform: Text = Field(default_factory=this_platform)
+    use_fakeroot: bool = True
+    extra_bind_mounts: list[Text] = Field(default_factory=list)
+    enable_gpu: bool = False
+    enable_docker_compat: bool = True
+    disable_mount_locations: list[Text] = Field(default_factory=lambda: ["hostfs", "bind-paths"])
+    health_check_timeout: Annotated[float, Field(gt=0)] = 120.0
+    pull_policy: Literal["missing", "always", "never"] = "missing"
+    runtime: Literal["auto", "apptainer", "singularity", "process"] = "auto"
+    writable: Literal["overlay", "tmpfs", "none"] = "overlay"
+    slurm: SlurmOptions | Literal["auto"] | None = None
+    connect: Literal["auto", "loopback", "paramiko", "openssh"] = "auto"
+    queue_timeout: Duration = None
+    idle_timeout: Duration = 900.0
+
+    def __init__(self, **values: Any) -> None:
+        with _config_errors("ApptainerWorkspace"):
+            super().__init__(**values)
+
+    @model_validator(mode="after")
+    def _one_image(self) -> WorkspaceOptions:
+        given = [name for name in ("server_image", "sif_file", "image") if getattr(self, name) is not None]
+        if self.runtime == "process" and given:
+            raise ValueError(f"runtime='process' runs no image: leave out {given[0]}")
+        if self.runtime != "process" and len(given) != 1:
+            said = " and ".join(given) or "none of them"
+            raise ValueError(f"give exactly one of server_image, sif_file and image (given: {said})")
+        return self
+
+    @model_validator(mode="after")
+    def _absolute_working_dir(self) -> WorkspaceOptions:
+        if not self.working_dir.startswith("/"):
+            raise ValueError("working_dir must be absolute: it is a path inside the workspace")
+        return self
+
+
+class _config_errors:  # noqa: N801 - reads as the statement it is
+    """Turn pydantic's ValidationError into one `ConfigError` that names the option and the remedy."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValidationError):
+            raise config_error(self.owner, error) from error
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def config_error(owner: str, error: ValidationError) -> ConfigError:
+    """The first mistake in `error`, said as one that names the option. Values are left out: one may be a secret."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    option = ".".join(str(part) for part in first["loc"] if not _is_union_arm(part))
+    if first["type"] == "extra_forbidden":
+        return ConfigError(
+            f"{owner} has no option {option!r}.",
+            option=option,
+            remedy=f"Its options: {', '.join(sorted(_fields_of(owner)))}.",
+        )
+    reason = first["msg"].removeprefix("Value error, ")
+    what = f"{owner}: {option} {reason}." if option else f"{owner}: {reason}."
+    return ConfigError(what, option=option, remedy=_REMEDIES.get(option, ""))
+
+
+_REMEDIES = {
+    "time": 'Write it as sbatch does: SlurmOptions(time="01:00:00").',
+    "mem": 'Write it as sbatch does: SlurmOptions(mem="4G").',
+    "forward_env": 'Give names only, such as forward_env=["HF_HOME"]; the values are read from this process.',
+}
+
+
+def _is_union_arm(part: object) -> bool:
+    """Whether a step of pydantic's error location names a type of a union and not an option."""
+    return isinstance(part, str) and (part.startswith(("literal[", "function-", "constrained-")) or part in _ARMS)
+
+
+_ARMS = {"SlurmOptions", "str", "int", "float"}
+
+
+def _fields_of(owner: str) -> Mapping[str, object]:
+    return SlurmOptions.model_fields if owner == "SlurmOptions" else WorkspaceOptions.model_fields

@@ -1,0 +1,139 @@
+"""Other programs: the only module that uses `subprocess`. Every argv is a list; nothing goes through a shell."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from hpc_workspace.errors import PrerequisiteError
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A program that has ended: its return code (-N: ended by signal N) and all it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def said(self) -> str:
+        """What it said of its failure: stderr, or stdout where that is empty."""
+        return (self.stderr.strip() or self.stdout.strip())[-4000:]
+
+
+class ProgramTimeoutError(Exception):
+    """A program that did not end in time; it was killed. Callers map it to an error that says what that means."""
+
+    def __init__(self, program: str, timeout_s: float) -> None:
+        self.program = program
+        self.timeout_s = timeout_s
+        super().__init__(f"{program} did not answer within {timeout_s:g} s")
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    input: bytes | None = None,  # noqa: A002 - subprocess's own word
+) -> Completed:
+    """Run a program to its end.
+
+    Args:
+        env: the whole environment; None: this process's.
+        input: bytes for its stdin; None: an empty one.
+
+    Raises:
+        PrerequisiteError: the program is not on PATH.
+        ProgramTimeoutError: it took longer than `timeout_s`; it is dead.
+    """
+    try:
+        ended = subprocess.run(
+            list(argv),
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            timeout=timeout_s,
+            env=env,
+            cwd=cwd,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise PrerequisiteError(
+            f"{argv[0]} is not available.", remedy=f"Install {argv[0]}, or put it on PATH (module load ...?)."
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ProgramTimeoutError(argv[0], timeout_s) from error
+    return Completed(ended.returncode, _text(ended.stdout), _text(ended.stderr))
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+class Child:
+    """A program that runs beside us, in a session of its own, so that a Ctrl-C meant for us does not reach it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def returncode(self) -> int | None:
+        """Its return code, or None while it runs. Reaps it."""
+        return self._process.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Its return code, or None if it still runs after `timeout_s`."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal; nothing happens if it has ended."""
+        self._process.send_signal(number)
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    output: IO[bytes] | int,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    stdio: int | None = None,
+) -> Child:
+    """Start a program that outlives this call.
+
+    Args:
+        output: where its stdout and stderr go.
+        stdio: a socket's descriptor to be both its stdin and its stdout (stderr still goes to `output`).
+
+    Raises:
+        PrerequisiteError: the program is not on PATH.
+    """
+    try:
+        process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL if stdio is None else stdio,
+            stdout=output if stdio is None else stdio,
+            stderr=output,
+            env=env,
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise PrerequisiteError(f"{argv[0]} is not available.", remedy=f"Install {argv[0]}.") from error
+    return Child(process)
+
+
+def find_program(name: str) -> str | None:
+    """Where `name` is on PATH; None if it is not."""
+    return shutil.which(name)

@@ -1,0 +1,147 @@
+"""What /proc says about processes and listeners. Reads only; works without privileges for this user's processes.
+
+Source: proc(5), man-pages 6.9: /proc/pid/stat fields 3 (state), 4 (ppid), 22 (starttime), /proc/net/tcp.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+_LISTEN = "0A"  # TCP_LISTEN, include/net/tcp_states.h
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as it is now. `start_ticks` tells it from a later one with the same id."""
+
+    pid: int
+    parent_pid: int
+    state: str
+    start_ticks: int
+    name: str
+
+    @property
+    def is_zombie(self) -> bool:
+        return self.state == "Z"
+
+
+def read_process(pid: int) -> Process | None:
+    """The process with this id, or None if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name is in parentheses and may hold spaces and parentheses itself.
+    head, _, rest = text.rpartition(")")
+    fields = rest.split()
+    return Process(pid, int(fields[1]), fields[0], int(fields[19]), head.partition("(")[2])
+
+
+def read_processes() -> dict[int, Process]:
+    """Every process that can be seen."""
+    pids = (int(name) for name in os.listdir("/proc") if name.isdigit())
+    return {pid: process for pid in pids if (process := read_process(pid)) is not None}
+
+
+def descendants(root_pid: int, processes: dict[int, Process] | None = None) -> list[Process]:
+    """The living and dead children of `root_pid`, their children, and so on; not `root_pid` itself."""
+    processes = read_processes() if processes is None else processes
+    children: dict[int, list[Process]] = defaultdict(list)
+    for process in processes.values():
+        children[process.parent_pid].append(process)
+    found: list[Process] = []
+    todo = [root_pid]
+    while todo:
+        born = children.get(todo.pop(), [])
+        found += born
+        todo += [process.pid for process in born]
+    return found
+
+
+def tagged(tag: str) -> list[Process]:
+    """This user's processes that were started with `tag` (NAME=value) in their environment."""
+    wanted = tag.encode()
+    found = []
+    for process in read_processes().values():
+        try:
+            environ = Path(f"/proc/{process.pid}/environ").read_bytes()
+        except OSError:
+            continue
+        if wanted in environ.split(b"\0"):
+            found.append(process)
+    return found
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A listening TCP socket: its inode is its identity for as long as it lives."""
+
+    inode: int
+    uid: int
+
+
+def tcp_listener(port: int) -> Listener | None:
+    """Who listens on 127.0.0.1:port, or on any address with that port; None if nobody does."""
+    for table, addresses in (("/proc/net/tcp", _IPV4_ADDRESSES), ("/proc/net/tcp6", _IPV6_ADDRESSES)):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            address, _, number = fields[1].partition(":")
+            if fields[3] == _LISTEN and int(number, 16) == port and address in addresses:
+                return Listener(inode=int(fields[9]), uid=int(fields[7]))
+    return None
+
+
+def tcp_peer_uid(peer_port: int, our_port: int) -> int | None:
+    """The user at the other end of a connection between two ports of 127.0.0.1; None if /proc does not say."""
+    try:
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    except OSError:
+        return None
+    wanted = (f"{_IPV4_LOOPBACK}:{peer_port:04X}", f"{_IPV4_LOOPBACK}:{our_port:04X}")
+    for fields in map(str.split, lines):
+        if (fields[1], fields[2]) == wanted:
+            return int(fields[7])
+    return None
+
+
+def _hex_address(family: int, address: str) -> str:
+    words = struct.iter_unpack("@I" if sys.byteorder == "big" else "<I", socket.inet_pton(family, address))
+    return "".join(f"{word:08X}" for (word,) in words)
+
+
+_IPV4_LOOPBACK = _hex_address(socket.AF_INET, "127.0.0.1")
+_IPV4_ADDRESSES = {_IPV4_LOOPBACK, _hex_address(socket.AF_INET, "0.0.0.0")}  # noqa: S104 - looked for, not bound
+_IPV6_ADDRESSES = {_hex_address(socket.AF_INET6, "::"), _hex_address(socket.AF_INET6, "::ffff:127.0.0.1")}
+
+
+def holds_socket(pid: int, inode: int) -> bool:
+    """Whether process `pid` has the socket with this inode open."""
+    wanted = f"socket:[{inode}]"
+    try:
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            return any(_link(entry.path) == wanted for entry in entries)
+    except OSError:
+        return False
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def mounts_below(path: str) -> list[str]:
+    """Mount points at or below `path` in this mount namespace."""
+    points = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    return [point for point in points if point == path or point.startswith(path.rstrip("/") + "/")]

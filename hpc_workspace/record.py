@@ -1,0 +1,121 @@
+"""The values that the client side and the node side exchange through the workspace directory.
+
+`Spec` is what was asked for, written once by the client. `Record` is what became of it, written by the node program.
+Neither ever holds a secret.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hpc_workspace.options import Text
+
+SCHEMA = 1
+
+WorkspaceId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{3,40}$")]
+State = Literal["starting", "ready", "ended", "failed"]
+FINAL_STATES: frozenset[State] = frozenset({"ended", "failed"})
+
+
+class Bind(BaseModel):
+    """One bind mount: a path of the node, where it appears inside, and whether it can be written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: Text
+    target: Text
+    read_only: bool = False
+
+
+class Spec(BaseModel):
+    """What the node program is asked to run.
+
+    Attributes:
+        launch_id: random, of this launch; the record repeats it, so that a record of an earlier one is never used.
+        server: `bundled` (brought along, listens on a Unix socket) or `image` (OpenHands' own, in the image).
+        image: path of a SIF or sandbox directory as the node sees it; None with runtime `process`.
+        toolbox: the directory with the bundled server and its interpreter; None where it is not needed.
+        binds: mounts in Apptainer's own `src[:dest[:opts]]` syntax, as the user gave them.
+        ends_with_lease: whether the workspace ends as soon as the last client is gone.
+        idle_timeout_s: ends after so long without a client and without a running command; None: never.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA
+    workspace_id: WorkspaceId
+    launch_id: Text
+    runtime: Literal["auto", "apptainer", "singularity", "process"]
+    server: Literal["bundled", "image"]
+    image: Text | None
+    toolbox: Text | None
+    working_dir: Text
+    mount_dir: Text | None
+    binds: list[Text]
+    use_fakeroot: bool
+    enable_gpu: bool
+    enable_docker_compat: bool
+    disable_mount_locations: list[Text]
+    writable: Literal["overlay", "tmpfs", "none"]
+    health_check_timeout_s: float
+    ends_with_lease: bool
+    idle_timeout_s: float | None
+
+
+class Failure(BaseModel):
+    """Why a workspace failed, as an error of `errors.py` that the client raises in its own process."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Text
+    what: str
+    evidence: str = ""
+    remedy: str = ""
+
+
+class Record(BaseModel):
+    """Where a workspace is, and how it is.
+
+    Attributes:
+        job_id: Slurm's; None on this machine.
+        restart_count: Slurm's SLURM_RESTART_COUNT; 0 in a job's first life and without Slurm.
+        node: the node's short name, as Slurm and SSH know it.
+        port: of the node's 127.0.0.1, where the door listens.
+        socket: the door's Unix socket on the node.
+        pid: the node program's.
+        working_dir: where commands start, as they see it.
+        node_scratch: the workspace's 0700 directory on the node's own disk.
+        exit_reason: why it ended, in words; None while it runs.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA
+    workspace_id: WorkspaceId
+    launch_id: Text
+    job_id: Text | None
+    restart_count: Annotated[int, Field(ge=0)]
+    state: State
+    node: Text
+    port: Annotated[int, Field(ge=0, lt=65536)]
+    socket: Text
+    pid: int
+    runtime: Text
+    server: Literal["bundled", "image"]
+    working_dir: Text
+    node_scratch: Text
+    started_at: float
+    phases_s: dict[str, float] = Field(default_factory=dict)
+    exit_reason: str | None = None
+    failure: Failure | None = None
+
+    @property
+    def fence(self) -> tuple[str, str, int]:
+        """What tells this life from every other: a record with a smaller one is never used."""
+        return (self.launch_id, self.job_id or "", self.restart_count)
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL_STATES
