@@ -154,7 +154,6 @@ def _bundled_plan(
     config = _write_bundled_config(scratch, token, spec.working_dir, "/tmp")  # noqa: S108 - the container's own
     inside = {
         **environment,
-        **toolbox.toolbox_env(_INSIDE_TOOLBOX),
         "HPC_WORKSPACE_SERVER_CONFIG": _INSIDE_CONFIG,
     }
     box = apptainer.Mount(spec.toolbox, _INSIDE_TOOLBOX, read_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from hpc_workspace.server.commands import Command, Event
 from hpc_workspace.server.requests import CommandRequest, RequestError
+from hpc_workspace.server.sessions import end_session
 from hpc_workspace.server.settings import Settings, command_environment
 
 _KEPT_COMMANDS = 1000
@@ -113,6 +114,11 @@ class CommandTable:
         task.add_done_callback(self._on_command_end)
         self._publish(command.events[0])
         return command
+
+    async def end_all(self, *, grace_s: float) -> None:
+        """End every running command: TERM, `grace_s`, KILL."""
+        sessions = [command.session for command in self.running if command.session is not None]
+        await asyncio.gather(*(end_session(session, grace_s=grace_s) for session in sessions))
 
     def get(self, command_id: str) -> Command | None:
         """The command with that id, while it is kept."""

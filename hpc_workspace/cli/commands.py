@@ -1,0 +1,197 @@
+"""The commands of `hpc-workspace`: each reads its options and calls the library."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hpc_workspace.cli import EXIT_TIMEOUT
+from hpc_workspace.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hpc_workspace.workspace import ApptainerWorkspace
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Log everything, and show tracebacks.")
+def cli(debug: bool) -> None:
+    """Agent workspaces in Apptainer containers, on this machine or in a Slurm job."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+def _workspace_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what to run and where."""
+    for option in reversed(
+        [
+            click.option("--sif", "sif_file", metavar="FILE", help="A SIF file that holds an agent server."),
+            click.option("--image", metavar="REF", help="Any image or SIF; the bundled server is brought along."),
+            click.option("--server-image", metavar="REF", help="An agent server's image, such as ghcr.io/…"),
+            click.option("--runtime", default="auto", help="auto, apptainer, singularity; process: no container."),
+            click.option("--mount-dir", metavar="DIR", help="A directory to see at /workspace."),
+            click.option("--fakeroot/--no-fakeroot", "use_fakeroot", default=True, help="Be root inside."),
+            click.option("--slurm", is_flag=True, help="Run in a Slurm job."),
+            click.option("-p", "--partition", help="Slurm: partition."),
+            click.option("-t", "--time", help="Slurm: time limit, as sbatch takes it."),
+            click.option("-A", "--account", help="Slurm: account."),
+            click.option("-c", "--cpus-per-task", type=int, help="Slurm: CPUs."),
+            click.option("--mem", help="Slurm: memory, such as 4G."),
+            click.option("--gres", help="Slurm: generic resources, such as gpu:1."),
+            click.option("--python", help="Slurm: the interpreter on the node."),
+            click.option("--setup", multiple=True, help="Slurm: a line of shell before the start; repeatable."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+_SLURM_NAMES = ("partition", "time", "account", "cpus_per_task", "mem", "gres", "python")
+
+
+def _make_workspace(values: dict[str, Any]) -> ApptainerWorkspace:
+    """The workspace that the options ask for.
+
+    Raises:
+        ConfigError: they contradict each other; also Slurm's options without --slurm.
+    """
+    from hpc_workspace.errors import ConfigError
+    from hpc_workspace.options import SlurmOptions
+    from hpc_workspace.workspace import ApptainerWorkspace
+
+    slurm_values = {name: values.pop(name) for name in _SLURM_NAMES}
+    setup = list(values.pop("setup"))
+    given = {name: value for name, value in slurm_values.items() if value is not None}
+    if not values.pop("slurm"):
+        if given or setup:
+            raise ConfigError("Options for Slurm were given without --slurm.", remedy="Add --slurm.")
+    else:
+        values["slurm"] = SlurmOptions(**given, setup=setup)
+    workspace = ApptainerWorkspace(**{name: value for name, value in values.items() if value is not None})
+    workspace.on_progress = lambda text: click.echo(text, err=True)
+    return workspace
+
+
+@cli.command()
+@_workspace_options
+@click.option("--timeout", type=float, help="Seconds for the command; none by default.")
+@click.argument("command", nargs=-1, required=True)
+def run(command: tuple[str, ...], timeout: float | None, **options: Any) -> None:  # noqa: ANN401 - click's
+    """Run one COMMAND in a new workspace, print its output as it comes, and exit with its code.
+
+    One argument is a line of shell; several are one program with its arguments.
+
+    \b
+    hpc-workspace run --slurm -p cpu -t 5 --image python.sif -- 'hostname; id -un'
+    """
+    from hpc_workspace.results import CommandResult
+
+    line = command[0] if len(command) == 1 else shlex.join(command)
+    code = 0
+    with _make_workspace(options) as workspace:
+        for item in workspace.stream_command(line, timeout=timeout):
+            if isinstance(item, CommandResult):
+                code = _exit_code(item)
+                if item.timeout_occurred:
+                    click.echo(f"hpc-workspace: the command ran longer than {timeout:g} s", err=True)
+            else:
+                out = sys.stdout.buffer if item.stream == "stdout" else sys.stderr.buffer
+                out.write(item.data)
+                out.flush()
+    sys.exit(code)
+
+
+def _exit_code(result: Any) -> int:  # noqa: ANN401 - a CommandResult, imported late
+    """A process's exit code for a command's: 128 + N for signal N, as shells do."""
+    if result.timeout_occurred:
+        return EXIT_TIMEOUT
+    return int(result.exit_code) if result.exit_code >= 0 else 128 - int(result.exit_code)
+
+
+@cli.command()
+@_workspace_options
+@click.option("--idle-timeout", help="End after so long without a client, such as 15min.")
+def up(**options: Any) -> None:  # noqa: ANN401 - click's
+    """Start a workspace, leave it running, and print its id.
+
+    \b
+    id=$(hpc-workspace up --slurm -p cpu -t 60 --image python.sif)
+    """
+    workspace = _make_workspace(options).start()
+    click.echo(workspace.detach())
+
+
+@cli.command(name="exec")
+@click.argument("workspace_id")
+@click.argument("command", nargs=-1, required=True)
+@click.option("--timeout", type=float, default=None, help="Seconds for the command; none by default.")
+def exec_(workspace_id: str, command: tuple[str, ...], timeout: float | None) -> None:
+    """Run COMMAND in the workspace WORKSPACE_ID and exit with its code.
+
+    \b
+    hpc-workspace exec ws-0a1b2c3d4e -- python -V
+    """
+    from hpc_workspace.results import CommandResult
+    from hpc_workspace.workspace import Workspace
+
+    line = command[0] if len(command) == 1 else shlex.join(command)
+    workspace = Workspace.attach(workspace_id)
+    for item in workspace.stream_command(line, timeout=timeout):
+        if isinstance(item, CommandResult):
+            sys.exit(_exit_code(item))
+        out = sys.stdout.buffer if item.stream == "stdout" else sys.stderr.buffer
+        out.write(item.data)
+        out.flush()
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+def ps(as_json: bool) -> None:
+    """List the workspaces that have not ended."""
+    from hpc_workspace.workspace import Workspace
+
+    records = Workspace.list()
+    if as_json:
+        click.echo(json.dumps([json.loads(record.model_dump_json()) for record in records]))
+        return
+    for record in records:
+        click.echo(f"{record.workspace_id}  {record.state:8} {record.node:12} {record.runtime:10} {record.job_id or '-'}")
+
+
+@cli.command()
+@click.argument("workspace_id")
+def logs(workspace_id: str) -> None:
+    """Print what the agent server of WORKSPACE_ID has printed."""
+    from hpc_workspace.workspace import Workspace
+
+    click.echo(Workspace.attach(workspace_id).logs(), nl=False)
+
+
+@cli.command()
+@click.argument("workspace_ids", nargs=-1, required=True)
+def down(workspace_ids: tuple[str, ...]) -> None:
+    """End workspaces and wait until nothing of them is left."""
+    from hpc_workspace.workspace import Workspace
+
+    for workspace_id in workspace_ids:
+        Workspace.attach(workspace_id).close()
+        click.echo(f"{workspace_id} ended")
+
+
+@cli.command()
+@_workspace_options
+def demo(**options: Any) -> None:  # noqa: ANN401 - click's
+    """Mend a small repository in a real workspace, and show where the time went.
+
+    Takes --sif, --image or $HPC_WORKSPACE_DEMO_IMAGE for Apptainer; with neither it runs as a plain process, which is
+    not a sandbox.
+    """
+    from hpc_workspace.cli.demo import choose_demo_options, run_demo
+
+    sys.exit(run_demo(_make_workspace(choose_demo_options(options, say=lambda text: click.echo(text, err=True)))))

@@ -1,0 +1,638 @@
+"""The workspace: what people hold in their hands. Puts the parts together and does nothing of its own beside."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from hpc_workspace import clock, errors, images, processes, rendezvous
+from hpc_workspace.connect.ladder import climb
+from hpc_workspace.connect.listener import Listener
+from hpc_workspace.connect.streams import DoorStream, Route, Stream, open_door
+from hpc_workspace.errors import (
+    ContainerError,
+    QueueTimeoutError,
+    RendezvousError,
+    RendezvousStaleError,
+    RendezvousTimeoutError,
+    SchedulerUnavailableError,
+    ServerError,
+    TunnelError,
+    WorkspaceError,
+)
+from hpc_workspace.exchange import Wish, make_token
+from hpc_workspace.launch.launched import Launched
+from hpc_workspace.options import SlurmOptions, WorkspaceOptions
+from hpc_workspace.record import Record, Spec
+from hpc_workspace.rendezvous import WorkspaceDirectory
+from hpc_workspace.results import CommandResult, FileOperationResult, GitChange, GitDiff, OutputChunk
+
+if TYPE_CHECKING:
+    import httpx
+
+    from hpc_workspace.client import AgentServerClient
+
+log = logging.getLogger(__name__)
+
+_LOCAL_LOOK_S = (0.02, 0.05)
+_SLURM_LOOK_S = (0.05, 0.5)
+_END_TIMEOUT_S = 20.0
+# The record of a job that ended may reach this side a moment after Slurm's word.
+_LAST_LOOK_S = 1.0
+_STALE_S = 120.0
+
+_open_workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
+
+
+class Workspace:
+    """An agent server somewhere, and a private connection to it.
+
+    Get one from `ApptainerWorkspace(...)` or `Workspace.attach(id)`. It is a context manager: leaving the block
+    closes it.
+    """
+
+    def __init__(self, directory: WorkspaceDirectory, *, connect: str = "auto") -> None:
+        self._directory: WorkspaceDirectory | None = directory
+        self._connect_by = connect
+        self._host_port: int | None = None
+        self._token = ""
+        self._record: Record | None = None
+        self._launched: Launched | None = None
+        self._route: Route | None = None
+        self._lease: DoorStream | None = None
+        self._client: AgentServerClient | None = None
+        self._listener: Listener | None = None
+        self._lock = threading.RLock()
+        self.phases_s: dict[str, float] = {}
+
+    def __repr__(self) -> str:
+        state = "open" if self._client else "not started" if self._record is None else "closed"
+        where = f" on {self._record.node}" if self._record else ""
+        return f"<{type(self).__name__} {self._directory.workspace_id if self._directory else '-'} [{state}{where}]>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A workspace travels as its id: the other process attaches to it."""
+        return Workspace.attach, (self.id,)
+
+    @classmethod
+    def attach(cls, workspace_id: str, *, connect: str = "auto") -> Workspace:
+        """The running workspace with this id, in any process, after a crash, or on another login node.
+
+        Raises:
+            RendezvousError: there is none, or it has ended.
+            TunnelError: it can't be reached.
+        """
+        directory = _require_directory(workspace_id)
+        workspace = Workspace(directory, connect=connect)
+        record = directory.read_record()
+        if record is None:
+            raise RendezvousTimeoutError(
+                f"Workspace {workspace_id} has not published its address yet.",
+                remedy=f"See {directory.node_log}, or wait until `hpc-workspace ps` shows it as ready.",
+            )
+        _require_running(directory, record)
+        workspace._record = record
+        workspace._launched = _attached(directory, record)
+        workspace._connect_to_server()
+        return workspace
+
+    @staticmethod
+    def list() -> list[Record]:
+        """The records of this user's workspaces that have published one and have not ended."""
+        found = []
+        for directory in rendezvous.list_workspaces():
+            with contextlib.suppress(RendezvousError, OSError):
+                record = directory.read_record()
+                if record is not None and not record.is_final:
+                    found.append(record)
+        return found
+
+    @property
+    def id(self) -> str:
+        return self._require_dir().workspace_id
+
+    @property
+    def node(self) -> str:
+        """The short name of the node that it runs on.
+
+        Raises:
+            ContainerError: it was never started.
+        """
+        return self._require_record().node
+
+    @property
+    def job(self) -> str | None:
+        """Slurm's job id; None on this machine."""
+        return self._launched.job_id if self._launched else None
+
+    @property
+    def runtime(self) -> str:
+        """What it runs in: apptainer, singularity, or process (no container at all)."""
+        return self._require_record().runtime
+
+    @property
+    def working_dir(self) -> str:
+        """Where commands start, as they see it."""
+        return self._require_record().working_dir
+
+    @property
+    def api_key(self) -> str:
+        """The session key of the agent server."""
+        self._require_client()
+        return self._token
+
+    @property
+    def host(self) -> str:
+        """`http://127.0.0.1:<port>`: the agent server for other people's clients, open to this user only."""
+        self._require_client()
+        with self._lock:
+            if self._listener is None:
+                self._listener = Listener(lambda: self._dial(Wish(want="server")), self._host_port)
+            return self._listener.url
+
+    @property
+    def client(self) -> httpx.Client:
+        """An HTTP client with the key and the way built in; relative URLs go to the agent server."""
+        return self._require_client().http
+
+    @property
+    def alive(self) -> bool:
+        """Whether the agent server answers now."""
+        if self._client is None:
+            return False
+        try:
+            self._client.health()
+        except (ServerError, TunnelError):
+            return False
+        return True
+
+    def health(self) -> dict[str, Any]:
+        """What the agent server says of itself.
+
+        Raises:
+            ServerError, TunnelError: it does not answer.
+        """
+        return self._require_client().health()
+
+    def start(self) -> Workspace:
+        """Nothing to do: an attached workspace runs already."""
+        return self
+
+    def __enter__(self) -> Workspace:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def execute_command(
+        self, command: str, cwd: str | None = None, timeout: float = 30.0, env: dict[str, str] | None = None
+    ) -> CommandResult:
+        """Run a shell command to its end, in bash where the image has it, else sh; its stdin is empty.
+
+        Args:
+            cwd: where it starts; relative ones begin at `working_dir`, the default.
+            timeout: seconds; OpenHands' server rounds them up to whole ones.
+            env: variables added to the image's own.
+
+        Raises:
+            CommandError: it could not be delivered or started.
+            ServerError, TunnelError: the server or the way to it is gone.
+        """
+        return self._require_client().execute(command, cwd=cwd, timeout_s=timeout, env=env)
+
+    def stream_command(
+        self,
+        command: str,
+        cwd: str | None = None,
+        timeout: float | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Iterator[OutputChunk | CommandResult]:
+        """A command's output as it comes; the last item is its `CommandResult`, whose texts are empty.
+
+        Raises: as `execute_command`.
+        """
+        return self._require_client().stream(command, cwd=cwd, timeout_s=timeout, env=env)
+
+    def file_upload(self, source_path: str | Path, destination_path: str | Path) -> FileOperationResult:
+        """Copy a file of ours into the workspace, whole or not at all, with its mode.
+
+        Raises:
+            OSError: the source can't be read.
+            ServerError, TunnelError: it did not arrive.
+        """
+        return self._require_client().upload(Path(source_path), str(destination_path))
+
+    def file_download(self, source_path: str | Path, destination_path: str | Path) -> FileOperationResult:
+        """Copy a file of the workspace to ours, whole or not at all.
+
+        Raises:
+            ServerResponseError: there is no such file (`status` 404).
+            OSError: the destination can't be written.
+            ServerError, TunnelError: it did not arrive.
+        """
+        return self._require_client().download(str(source_path), Path(destination_path))
+
+    def read_file(self, path: str) -> bytes:
+        """The content of a file of the workspace. Raises: as `file_download`."""
+        return self._require_client().read(path)
+
+    def write_file(self, path: str, data: bytes | str, mode: int = 0o644) -> FileOperationResult:
+        """Put bytes, or text as UTF-8, into a file of the workspace. Raises: as `file_upload`."""
+        return self._require_client().write(data.encode() if isinstance(data, str) else data, path, mode)
+
+    def git_changes(self, path: str = ".") -> list[GitChange]:  # type: ignore[valid-type]  # the method list hides it
+        """The changed files of the repository at `path`."""
+        return self._require_client().git_changes(path)
+
+    def git_diff(self, path: str) -> GitDiff:
+        """The file at `path` before and after its changes."""
+        return self._require_client().git_diff(path)
+
+    def forward(self, port: int) -> Listener:
+        """A port of 127.0.0.1 here for `port` of the workspace; has `url`, `port` and `close()`."""
+        self._require_client()
+        return Listener(lambda: self._dial(Wish(want="port", port=port)))
+
+    def logs(self) -> str:
+        """What the agent server has printed; empty if it printed nothing, or after a clean close."""
+        try:
+            return self._require_dir().server_log.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def detach(self) -> str:
+        """Leave the workspace running, until it is idle for too long. Returns its id, for `attach`.
+
+        Raises:
+            TunnelError: its door can't be told; it will end as it would have.
+        """
+        stream = self._dial(Wish(want="detach"))
+        stream.wait_granted()
+        self._disconnect()
+        stream.close()
+        return self.id
+
+    def close(self) -> None:
+        """End the workspace and wait until nothing of it is left. A second call does nothing.
+
+        Raises:
+            ContainerError: something is left; it says what.
+        """
+        with self._lock:
+            launched, record = self._launched, self._record
+            if launched is None:
+                return
+            self._launched = None
+            _open_workspaces.discard(self)
+            told = record is not None and self._end_through_door()
+            self._disconnect()
+            if not told:
+                _end_from_outside(launched)
+            gone = launched.wait_gone(_END_TIMEOUT_S)
+            self._settle(gone, launched)
+
+    cleanup = close
+
+    def _settle(self, gone: bool, launched: Launched) -> None:
+        """Remove the directory of a workspace that ended well; keep the evidence of one that did not."""
+        directory = self._require_dir()
+        try:
+            record = directory.read_record()
+        except (RendezvousError, FileNotFoundError):
+            record = None
+        if not gone:
+            raise ContainerError(
+                f"Workspace {directory.workspace_id} did not end within {_END_TIMEOUT_S:g} s.",
+                evidence=f"{launched.describe()}; its directory is {directory.path}.",
+                remedy=f"scancel {launched.job_id}" if launched.job_id else "End its node program by hand.",
+            )
+        if record is not None and record.failure is not None:
+            directory.forget_secrets()
+            if record.failure.evidence and "left something behind" in record.failure.what:
+                raise _as_error(record)
+            log.warning("workspace %s ended badly: %s See %s", record.workspace_id, record.failure.what, directory.path)
+            return
+        directory.remove()
+
+    def _end_through_door(self) -> bool:
+        """Ask the door for the end and wait for its goodbye. Returns whether it was told."""
+        try:
+            stream = self._dial(Wish(want="end"))
+            stream.wait_granted()
+        except (TunnelError, ServerError) as error:
+            log.debug("the door can't be told to end: %s", error)
+            return False
+        with contextlib.closing(stream):
+            stream.settimeout(_END_TIMEOUT_S)
+            try:
+                while stream.recv(1024):
+                    continue
+            except OSError as error:
+                log.debug("no goodbye from the door: %s", error)
+        return True
+
+    def _disconnect(self) -> None:
+        for part in (self._listener, self._client, self._lease, self._route):
+            if part is not None:
+                part.close()
+        self._listener = self._client = self._lease = self._route = None
+
+    def _connect_to_server(self) -> None:
+        """Take the lease by the first route that works, and make the client."""
+        from hpc_workspace.client import AgentServerClient
+
+        record = self._require_record()
+        began_s = clock.now_s()
+        self._token = self._require_dir().read_token()
+        self._route, self._lease = climb(self._connect_by, record, self._token, Wish(want="lease"))
+        self._client = AgentServerClient(
+            lambda: self._dial(Wish(want="server")),
+            api_key=self._token,
+            server=record.server,
+            working_dir=record.working_dir,
+        )
+        self.phases_s["connect"] = clock.now_s() - began_s
+
+    def _dial(self, wish: Wish) -> DoorStream:
+        record = self._require_record()
+        if self._route is None:
+            raise TunnelError(f"Workspace {record.workspace_id} is closed.", node=record.node)
+        return open_door(self._route, record.node, self._token, record.workspace_id, wish)
+
+    def _require_client(self) -> AgentServerClient:
+        if self._client is None:
+            raise ContainerError(f"{self!r} is not open.", remedy="Call start(), or use it in a with block.")
+        return self._client
+
+    def _require_record(self) -> Record:
+        if self._record is None:
+            raise ContainerError(f"{self!r} has not been started.", remedy="Call start(), or use it in a with block.")
+        return self._record
+
+    def _require_dir(self) -> WorkspaceDirectory:
+        if self._directory is None:
+            raise ContainerError("The workspace has not been started.", remedy="Call start().")
+        return self._directory
+
+
+class ApptainerWorkspace(Workspace):
+    """A workspace in an Apptainer container of its own, on this machine or, with `slurm=`, in a batch job.
+
+    The options are those of `WorkspaceOptions`. The constructor validates them and starts nothing; `start()` and
+    `with` do.
+
+    Raises:
+        ConfigError: an option is unknown, malformed or contradicts another.
+    """
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - validated by WorkspaceOptions
+        self.options = WorkspaceOptions(**options)
+        super().__init__(WorkspaceDirectory(Path("-")), connect=self.options.connect)
+        self._directory = None
+        self._host_port = self.options.host_port
+        self.on_progress: Callable[[str], None] = log.info
+
+    def start(self) -> ApptainerWorkspace:
+        """Launch it and wait until its agent server can be used. A second call does nothing.
+
+        Guarantees: if it raises, nothing runs; the workspace directory is kept if it holds evidence.
+
+        Raises:
+            ImageError, PrerequisiteError: what it needs is missing.
+            SubmitError, QueueTimeoutError, JobEndedError, SchedulerUnavailableError: about the job.
+            ContainerError, ServerNotReadyError: the container or its server did not come up.
+            RendezvousError: the state directory can't be used.
+            TunnelError: there is no way to the node.
+        """
+        with self._lock:
+            if self._client is not None:
+                return self
+            began = clock.Deadline(None)
+            slurm = self._slurm_options()
+            if self._host_port is not None:
+                self._listener = Listener(lambda: self._dial(Wish(want="server")), self._host_port)
+            try:
+                spec = self._make_spec(slurm)
+                self.phases_s["image"] = began.elapsed_s
+                environment = {name: os.environ[name] for name in self.options.forward_env if name in os.environ}
+                self._directory = WorkspaceDirectory.create(spec, make_token(), environment)
+                self._launch(slurm)
+                self._record = self._wait_ready(spec, in_slurm=slurm is not None)
+                self._connect_to_server()
+                self._make_working_dir()
+            except BaseException:
+                self._undo_start()
+                raise
+            self.phases_s.update({f"node.{name}": seconds for name, seconds in self._record.phases_s.items()})
+            self.phases_s["start"] = began.elapsed_s
+            _open_workspaces.add(self)
+            return self
+
+    def __enter__(self) -> ApptainerWorkspace:
+        return self.start()
+
+    def _slurm_options(self) -> SlurmOptions | None:
+        if self.options.slurm != "auto":
+            return self.options.slurm
+        if processes.find_program("sbatch") is None:
+            self.on_progress("slurm='auto': there is no sbatch on PATH, using this machine")
+            return None
+        self.on_progress("slurm='auto': using Slurm")
+        return SlurmOptions()
+
+    def _make_spec(self, slurm: SlurmOptions | None) -> Spec:
+        """Resolve image and toolbox, here where there is a network, into what the node program is told."""
+        from hpc_workspace import apptainer, toolbox
+
+        o = self.options
+        store = images.cache_dir(o.cache_dir)
+        image = None
+        if o.runtime == "process":
+            log.warning("runtime='process': no container; commands run as you, on this machine's own files")
+        else:
+            if slurm is None:
+                apptainer.choose_runtime(o.runtime)
+            wanted = o.image or o.sif_file or _with_scheme(o.server_image)
+            image = images.resolve(
+                wanted, runtime=o.runtime, store=store, platform=o.platform, pull_policy=o.pull_policy
+            )
+        if o.mount_dir is not None and slurm is None and not Path(o.mount_dir).is_dir():
+            raise errors.ConfigError(f"mount_dir {o.mount_dir} is not a directory.", option="mount_dir")
+        is_bundled = o.image is not None or o.runtime == "process"
+        box = str(toolbox.ensure_toolbox(store)) if o.image is not None else None
+        return Spec(
+            workspace_id=f"ws-{secrets.token_hex(5)}",
+            launch_id=secrets.token_hex(8),
+            runtime=o.runtime,
+            server="bundled" if is_bundled else "image",
+            image=image,
+            toolbox=box,
+            working_dir=o.working_dir,
+            mount_dir=str(Path(o.mount_dir).absolute()) if o.mount_dir else None,
+            binds=o.extra_bind_mounts,
+            use_fakeroot=o.use_fakeroot,
+            enable_gpu=o.enable_gpu,
+            enable_docker_compat=o.enable_docker_compat,
+            disable_mount_locations=o.disable_mount_locations,
+            writable=o.writable,
+            health_check_timeout_s=o.health_check_timeout,
+            ends_with_lease=slurm is None,
+            idle_timeout_s=o.idle_timeout,
+        )
+
+    def _launch(self, slurm: SlurmOptions | None) -> None:
+        from hpc_workspace.launch import local
+        from hpc_workspace.launch import slurm as slurm_launch
+
+        began_s = clock.now_s()
+        directory = self._require_dir()
+        self._launched = local.launch(directory) if slurm is None else slurm_launch.submit(directory, slurm)
+        self.phases_s["launch"] = clock.now_s() - began_s
+        self.on_progress(f"{directory.workspace_id}: {self._launched.describe()}")
+
+    def _wait_ready(self, spec: Spec, *, in_slurm: bool) -> Record:
+        """The record, once it says ready. Looks at the directory first, and asks Slurm every 2 s."""
+        directory, launched = self._require_dir(), self._launched
+        assert launched is not None
+        began = clock.Deadline(None)
+        queue = clock.Deadline(self.options.queue_timeout)
+        said = ""
+        for pause_s in clock.pauses_s(*(_SLURM_LOOK_S if in_slurm else _LOCAL_LOOK_S)):
+            if (record := _ready_record(directory, spec)) is not None:
+                self.phases_s["wait"] = began.elapsed_s
+                return record
+            if (end := launched.find_end()) is not None:
+                clock.sleep(_LAST_LOOK_S)
+                _ready_record(directory, spec)
+                raise end
+            if launched.is_pending() and queue.is_over:
+                raise QueueTimeoutError(
+                    f"{launched.describe()} after {queue.timeout_s:g} s in the queue.",
+                    job_id=launched.job_id or "",
+                    remedy="Raise queue_timeout, ask for less, or choose another partition.",
+                )
+            if launched.describe() != said:
+                said = launched.describe()
+                self.on_progress(f"{directory.workspace_id}: {said}")
+            clock.sleep(pause_s)
+        raise AssertionError("pauses never end")
+
+    def _make_working_dir(self) -> None:
+        """The bundled server makes it itself; OpenHands' runs commands where it is told, if that exists."""
+        record = self._require_record()
+        if record.server == "image" and record.working_dir != "/workspace":
+            made = self._require_client().execute(f"mkdir -p -- {record.working_dir!r}", cwd="/", timeout_s=30, env=None)
+            if made.exit_code != 0:
+                raise ContainerError(f"{record.working_dir} can't be made in the workspace.", evidence=made.stderr)
+
+    def _undo_start(self) -> None:
+        """Leave nothing running after a failed start."""
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            told = self._record is not None and self._route is not None and self._end_through_door()
+            self._disconnect()
+            if not told and launched.find_end() is None:
+                _end_from_outside(launched)
+            launched.wait_gone(_END_TIMEOUT_S)
+            self._require_dir().forget_secrets()
+        else:
+            self._disconnect()
+            if self._directory is not None:
+                self._directory.remove()
+        self._record = None
+
+
+def _with_scheme(server_image: str | None) -> str:
+    assert server_image is not None
+    return server_image if "://" in server_image else f"docker://{server_image}"
+
+
+def _require_directory(workspace_id: str) -> WorkspaceDirectory:
+    for directory in rendezvous.list_workspaces():
+        if directory.workspace_id == workspace_id:
+            return directory
+    raise RendezvousError(
+        f"There is no workspace {workspace_id!r}.",
+        evidence=f"Looked in {rendezvous.workspaces_dir()}.",
+        remedy="`hpc-workspace ps` lists yours; is HPC_WORKSPACE_HOME the same as where it was started?",
+    )
+
+
+def _require_running(directory: WorkspaceDirectory, record: Record) -> None:
+    if record.failure is not None:
+        raise _as_error(record)
+    if record.is_final:
+        raise RendezvousStaleError(f"Workspace {record.workspace_id} has ended: {record.exit_reason}.")
+    age_s = directory.heartbeat_age_s()
+    if age_s is None or age_s > _STALE_S:
+        raise RendezvousStaleError(
+            f"Workspace {record.workspace_id} on {record.node} gave no sign of life for {age_s or 0:.0f} s.",
+            evidence=f"Its record says {record.state}; see {directory.node_log}.",
+            remedy="Its node or job has probably died: start a new one.",
+        )
+
+
+def _ready_record(directory: WorkspaceDirectory, spec: Spec) -> Record | None:
+    """The record of this launch, once it is ready.
+
+    Raises:
+        WorkspaceError: the node program says that it failed, or ended.
+    """
+    record = directory.read_record()
+    if record is None or record.launch_id != spec.launch_id:
+        return None
+    if record.failure is not None:
+        raise _as_error(record)
+    if record.is_final:
+        raise ContainerError(
+            f"Workspace {record.workspace_id} ended on {record.node} before it was used: {record.exit_reason}."
+        )
+    return record if record.state == "ready" else None
+
+
+def _as_error(record: Record) -> WorkspaceError:
+    """The node program's failure as an error of this process."""
+    failure = record.failure
+    assert failure is not None
+    kind = getattr(errors, failure.kind, WorkspaceError)
+    if not (isinstance(kind, type) and issubclass(kind, WorkspaceError)):
+        kind = WorkspaceError
+    return kind(failure.what, evidence=failure.evidence, remedy=failure.remedy)
+
+
+def _attached(directory: WorkspaceDirectory, record: Record) -> Launched:
+    from hpc_workspace.launch.local import LocalAttached
+    from hpc_workspace.launch.slurm import SlurmLaunched
+
+    return LocalAttached(record) if record.job_id is None else SlurmLaunched(directory, record.job_id, "")
+
+
+def _end_from_outside(launched: Launched) -> None:
+    try:
+        launched.end()
+    except SchedulerUnavailableError as error:
+        log.warning("%s", error)
+
+
+@atexit.register
+def _close_all() -> None:
+    """A workspace never outlives the interpreter that started it, unless it was detached."""
+    for workspace in list(_open_workspaces):
+        try:
+            workspace.close()
+        except WorkspaceError as error:
+            log.error("%s", error)  # noqa: TRY400 - the interpreter is ending: one line, no trace
+
+
+__all__ = ["ApptainerWorkspace", "Workspace", "Stream"]
