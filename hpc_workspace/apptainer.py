@@ -65,7 +65,9 @@ class Container:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def build_container_argv(runtime: Runtime, verb: Literal["run", "exec"], c: Container, command: Sequence[str]) -> list[str]:
+def build_container_argv(
+    runtime: Runtime, verb: Literal["run", "exec"], c: Container, command: Sequence[str]
+) -> list[str]:
     """The argv that runs `command` in `c`. No value of the environment is in it."""
     argv: list[str] = [runtime, "--quiet", verb, "--cleanenv", "--no-home"]
     if c.fakeroot:
@@ -90,7 +92,7 @@ def build_container_argv(runtime: Runtime, verb: Literal["run", "exec"], c: Cont
 
 
 def format_mount(mount: Mount) -> str:
-    """`mount` in the syntax of --mount: comma-separated, quoted as CSV, so that colons and commas in a path are safe."""
+    """`mount` in the syntax of --mount: comma-separated, quoted as CSV: colons and commas are safe."""
     fields = ["type=bind", f"source={mount.source}", f"destination={mount.target}"]
     if mount.read_only:
         fields.append("ro")
@@ -99,7 +101,9 @@ def format_mount(mount: Mount) -> str:
     return line.getvalue()
 
 
-def build_environment(runtime: Runtime, host: Mapping[str, str], inside: Mapping[str, str], scratch: str) -> dict[str, str]:
+def build_environment(
+    runtime: Runtime, host: Mapping[str, str], inside: Mapping[str, str], scratch: str
+) -> dict[str, str]:
     """The environment of the runtime's own process: little of the host's, and `inside` under its prefix.
 
     `--env` would put the values on argv; a variable with the prefix APPTAINERENV_ reaches the container all the same
@@ -158,7 +162,9 @@ def require_image(path: str) -> None:
         with image.open("rb") as file:
             head = file.read(_SIF_MAGIC_OFFSET + len(_SIF_MAGIC))
     except FileNotFoundError as error:
-        raise ImageError(f"SIF file not found: {path}", remedy="Check the path; on Slurm it must be visible on the node.") from error
+        raise ImageError(
+            f"SIF file not found: {path}", remedy="Check the path; on Slurm it must be visible on the node."
+        ) from error
     except OSError as error:
         raise ImageError(f"The image {path} can't be read.", evidence=str(error)) from error
     if head[_SIF_MAGIC_OFFSET:] != _SIF_MAGIC:

@@ -66,7 +66,7 @@ class _HttpStream(httpcore.NetworkStream):
     def close(self) -> None:
         self._stream.close()
 
-    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - httpcore's own signature
+    def get_extra_info(self, info: str) -> Any:
         return self._stream.is_readable() if info == "is_readable" else None
 
 
@@ -108,9 +108,7 @@ class _DoorTransport(httpx.BaseTransport):
                 extensions=request.extensions,
             )
         )
-        return httpx.Response(
-            answer.status, headers=answer.headers, stream=_Body(answer), extensions=answer.extensions
-        )
+        return httpx.Response(answer.status, headers=answer.headers, stream=_Body(answer), extensions=answer.extensions)
 
     def close(self) -> None:
         self._pool.close()
@@ -128,7 +126,7 @@ class _Body(httpx.SyncByteStream):
         self._answer.close()
 
 
-def _no_tls() -> Any:  # noqa: ANN401 - ssl is imported for this alone
+def _no_tls() -> Any:
     # httpcore builds a default context (22 ms) if it gets none; this one is never used, the door speaks plain HTTP.
     import ssl
 
@@ -322,13 +320,13 @@ class AgentServerClient:
             truncated=bool(answer.get("stdout_truncated") or answer.get("stderr_truncated")),
         )
 
-    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:  # noqa: ANN401 - httpx's own options
+    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         answer = self._any(method, path, **options)
         if not isinstance(answer, dict):
             raise ServerResponseError(f"{method} {path}: the answer is not an object.", evidence=repr(answer)[:500])
         return answer
 
-    def _any(self, method: str, path: str, *, timeout_s: float | None = None, **options: Any) -> Any:  # noqa: ANN401
+    def _any(self, method: str, path: str, *, timeout_s: float | None = None, **options: Any) -> Any:
         if timeout_s is not None:
             options["timeout"] = httpx.Timeout(_ANSWER_TIMEOUT_S, read=timeout_s)
         return _parse_json(self._send(self.http.build_request(method, path, **options)).content)
@@ -343,7 +341,9 @@ class AgentServerClient:
         try:
             response = self.http.send(request, stream=stream)
         except (httpcore.TimeoutException, httpx.TimeoutException) as error:
-            raise ServerNotReadyError(f"{what}: the agent server did not answer in time.", evidence=str(error)) from error
+            raise ServerNotReadyError(
+                f"{what}: the agent server did not answer in time.", evidence=str(error)
+            ) from error
         except (httpcore.RemoteProtocolError, httpx.RemoteProtocolError) as error:
             raise ServerUnavailableError(f"{what}: the agent server hung up.", evidence=str(error)) from error
         except (httpcore.NetworkError, httpx.TransportError) as error:
@@ -363,7 +363,8 @@ def wrap_command(command: str, cwd: str, env: dict[str, str]) -> str:
     line = shlex.quote(command)
     return (
         f"cd -- {shlex.quote(cwd)} || exit 1; {settings}"
-        f"if command -v bash >/dev/null 2>&1; then exec bash -c {line} </dev/null; else exec sh -c {line} </dev/null; fi"
+        f"if command -v bash >/dev/null 2>&1; then exec bash -c {line} </dev/null; "
+        f"else exec sh -c {line} </dev/null; fi"
     )
 
 
@@ -374,7 +375,7 @@ def _text(answer: dict[str, Any], name: str) -> str:
     return str(answer.get(name) or "")
 
 
-def _chunks(file: Any) -> Iterator[bytes]:  # noqa: ANN401 - any binary file
+def _chunks(file: Any) -> Iterator[bytes]:
     while data := file.read(_COPY_BYTES):
         yield data
 
@@ -384,7 +385,9 @@ def _guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
     try:
         yield from pieces
     except (httpcore.TimeoutException, httpx.TimeoutException) as error:
-        raise ServerNotReadyError("The agent server stopped in the middle of an answer.", evidence=str(error)) from error
+        raise ServerNotReadyError(
+            "The agent server stopped in the middle of an answer.", evidence=str(error)
+        ) from error
     except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpx.TransportError) as error:
         raise TunnelLostError("The connection broke in the middle of an answer.", evidence=str(error)) from error
 
@@ -398,7 +401,7 @@ def _lines(response: httpx.Response) -> Iterator[bytes]:
         yield rest
 
 
-def _parse_json(data: bytes) -> Any:  # noqa: ANN401 - JSON is anything
+def _parse_json(data: bytes) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
@@ -407,4 +410,6 @@ def _parse_json(data: bytes) -> Any:  # noqa: ANN401 - JSON is anything
 
 def _response_error(what: str, status: int, detail: str) -> ServerResponseError:
     remedy = "Its key has changed: attach to the workspace anew." if status in (401, 403) else ""
-    return ServerResponseError(f"{what}: the agent server answered {status}.", status=status, evidence=detail, remedy=remedy)
+    return ServerResponseError(
+        f"{what}: the agent server answered {status}.", status=status, evidence=detail, remedy=remedy
+    )

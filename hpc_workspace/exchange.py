@@ -144,7 +144,7 @@ def parse_request(
         raise ExchangeError("the client wants something unknown") from error
 
 
-def _json(data: bytes) -> Any:  # noqa: ANN401 - JSON is anything until it is validated
+def _json(data: bytes) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:

@@ -173,7 +173,7 @@ class WorkspaceOptions(BaseModel):
         return self
 
 
-class _config_errors:  # noqa: N801 - reads as the statement it is
+class _config_errors:
     """Turn pydantic's ValidationError into one `ConfigError` that names the option and the remedy."""
 
     def __init__(self, owner: str) -> None:

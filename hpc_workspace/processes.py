@@ -40,7 +40,7 @@ def run(
     timeout_s: float,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
-    input: bytes | None = None,  # noqa: A002 - subprocess's own word
+    input: bytes | None = None,
 ) -> Completed:
     """Run a program to its end.
 

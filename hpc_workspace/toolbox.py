@@ -145,7 +145,7 @@ def _make(root: Path) -> None:
 
 
 def _copy_library(root: Path) -> None:
-    """The standard library, where an interpreter that lies in root/bin looks for it. Times are kept: .pyc hang on them."""
+    """The standard library, where an interpreter in root/bin looks for it. Times are kept: .pyc hang on them."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     source = Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix, "base": sys.base_prefix}))
     shutil.copytree(source, root / "lib" / version, ignore=_leave_out, symlinks=False)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shlex
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -396,7 +397,7 @@ class ApptainerWorkspace(Workspace):
         ConfigError: an option is unknown, malformed or contradicts another.
     """
 
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - validated by WorkspaceOptions
+    def __init__(self, **options: Any) -> None:
         self.options = WorkspaceOptions(**options)
         super().__init__(WorkspaceDirectory(Path("-")), connect=self.options.connect)
         self._directory = None
@@ -532,7 +533,9 @@ class ApptainerWorkspace(Workspace):
         """The bundled server makes it itself; OpenHands' runs commands where it is told, if that exists."""
         record = self._require_record()
         if record.server == "image" and record.working_dir != "/workspace":
-            made = self._require_client().execute(f"mkdir -p -- {record.working_dir!r}", cwd="/", timeout_s=30, env=None)
+            made = self._require_client().execute(
+                f"mkdir -p -- {shlex.quote(record.working_dir)}", cwd="/", timeout_s=30, env=None
+            )
             if made.exit_code != 0:
                 raise ContainerError(f"{record.working_dir} can't be made in the workspace.", evidence=made.stderr)
 
@@ -632,7 +635,7 @@ def _close_all() -> None:
         try:
             workspace.close()
         except WorkspaceError as error:
-            log.error("%s", error)  # noqa: TRY400 - the interpreter is ending: one line, no trace
+            log.error("%s", error)
 
 
 __all__ = ["ApptainerWorkspace", "Workspace", "Stream"]

@@ -82,7 +82,7 @@ def _make_workspace(values: dict[str, Any]) -> ApptainerWorkspace:
 @_workspace_options
 @click.option("--timeout", type=float, help="Seconds for the command; none by default.")
 @click.argument("command", nargs=-1, required=True)
-def run(command: tuple[str, ...], timeout: float | None, **options: Any) -> None:  # noqa: ANN401 - click's
+def run(command: tuple[str, ...], timeout: float | None, **options: Any) -> None:
     """Run one COMMAND in a new workspace, print its output as it comes, and exit with its code.
 
     One argument is a line of shell; several are one program with its arguments.
@@ -107,7 +107,7 @@ def run(command: tuple[str, ...], timeout: float | None, **options: Any) -> None
     sys.exit(code)
 
 
-def _exit_code(result: Any) -> int:  # noqa: ANN401 - a CommandResult, imported late
+def _exit_code(result: Any) -> int:
     """A process's exit code for a command's: 128 + N for signal N, as shells do."""
     if result.timeout_occurred:
         return EXIT_TIMEOUT
@@ -117,7 +117,7 @@ def _exit_code(result: Any) -> int:  # noqa: ANN401 - a CommandResult, imported 
 @cli.command()
 @_workspace_options
 @click.option("--idle-timeout", help="End after so long without a client, such as 15min.")
-def up(**options: Any) -> None:  # noqa: ANN401 - click's
+def up(**options: Any) -> None:
     """Start a workspace, leave it running, and print its id.
 
     \b
@@ -161,7 +161,9 @@ def ps(as_json: bool) -> None:
         click.echo(json.dumps([json.loads(record.model_dump_json()) for record in records]))
         return
     for record in records:
-        click.echo(f"{record.workspace_id}  {record.state:8} {record.node:12} {record.runtime:10} {record.job_id or '-'}")
+        click.echo(
+            f"{record.workspace_id}  {record.state:8} {record.node:12} {record.runtime:10} {record.job_id or '-'}"
+        )
 
 
 @cli.command()
@@ -186,7 +188,7 @@ def down(workspace_ids: tuple[str, ...]) -> None:
 
 @cli.command()
 @_workspace_options
-def demo(**options: Any) -> None:  # noqa: ANN401 - click's
+def demo(**options: Any) -> None:
     """Mend a small repository in a real workspace, and show where the time went.
 
     Takes --sif, --image or $HPC_WORKSPACE_DEMO_IMAGE for Apptainer; with neither it runs as a plain process, which is

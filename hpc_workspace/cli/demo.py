@@ -53,7 +53,7 @@ def choose_demo_options(options: dict[str, Any], say: Callable[[str], None]) -> 
     return {**options, "runtime": "process"}
 
 
-class DemoFailed(Exception):  # noqa: N818 - a verdict, told to a person
+class DemoFailed(Exception):
     """A step did not do what it says."""
 
 
@@ -90,7 +90,9 @@ def run_demo(workspace: Workspace) -> int:
 
 def _start(workspace: Workspace) -> str:
     workspace.start()
-    sandbox = "NOT a sandbox: a plain process" if workspace.runtime == "process" else f"a container of {workspace.runtime}"
+    sandbox = (
+        "NOT a sandbox: a plain process" if workspace.runtime == "process" else f"a container of {workspace.runtime}"
+    )
     return f"{workspace.id} on {workspace.node}, {sandbox}"
 
 
@@ -144,7 +146,9 @@ def _run_tests(workspace: Workspace, *, should_pass: bool) -> str:
     passed = result.exit_code == 0 and "OK" in result.stderr
     failed = result.exit_code == 1 and "FAILED" in result.stderr
     if not (passed if should_pass else failed):
-        raise DemoFailed(f"the test should {'pass' if should_pass else 'fail'}, and said: {result.stderr or result.stdout}")
+        raise DemoFailed(
+            f"the test should {'pass' if should_pass else 'fail'}, and said: {result.stderr or result.stdout}"
+        )
     return result.stderr.strip().splitlines()[-1]
 
 

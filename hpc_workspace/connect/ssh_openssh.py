@@ -61,7 +61,7 @@ class OpenSshRoute:
         if processes.find_program("ssh") is None:
             raise TunnelError("There is no ssh on PATH.", node=record.node)
         # Short and ours alone: a control socket's path has the limit of 108 bytes that every Unix socket has.
-        self._control_dir = tempfile.TemporaryDirectory(prefix="hpcws-ssh-", dir="/tmp")  # noqa: S108 - 0700
+        self._control_dir = tempfile.TemporaryDirectory(prefix="hpcws-ssh-", dir="/tmp")
         self._log = Path(self._control_dir.name, "log")
 
     def open(self) -> Stream:

@@ -56,7 +56,7 @@ class _ChannelStream:
         self._channel.settimeout(timeout_s)
 
     def is_readable(self) -> bool:
-        return self._channel.recv_ready() or self._channel.closed or self._channel.eof_received
+        return bool(self._channel.recv_ready() or self._channel.closed or self._channel.eof_received)
 
     def close(self) -> None:
         self._channel.close()
@@ -179,7 +179,7 @@ def _connect(node: str, settings: dict[str, Any]) -> paramiko.SSHClient:
     return client
 
 
-def _tuned_transport(sock: Any, **options: Any) -> paramiko.Transport:  # noqa: ANN401 - paramiko's own signature
+def _tuned_transport(sock: Any, **options: Any) -> paramiko.Transport:
     import paramiko
 
     transport = paramiko.Transport(sock, **options)

@@ -107,7 +107,9 @@ class DoorStream:
             verdict, length = exchange.parse_verdict_head(receive_exactly(self._stream, exchange.VERDICT_HEAD_BYTES))
             text = receive_exactly(self._stream, length).decode("utf-8", "replace")
         except ExchangeError as error:
-            raise TunnelLostError(f"The door on {self._node} is out of step.", node=self._node, evidence=str(error)) from error
+            raise TunnelLostError(
+                f"The door on {self._node} is out of step.", node=self._node, evidence=str(error)
+            ) from error
         if verdict is not Verdict.OK:
             raise ServerUnavailableError(
                 f"The door on {self._node} relays to no agent server.", evidence=f"It says: {text}."

@@ -26,7 +26,7 @@ def _environment() -> dict[str, str]:
     """This process's environment, in which the interpreter's import path is absolute: the child has another cwd."""
     environment = dict(os.environ)
     if "PYTHONPATH" in environment:
-        paths = [os.path.abspath(path or ".") for path in environment["PYTHONPATH"].split(os.pathsep)]  # noqa: PTH100
+        paths = [os.path.abspath(path or ".") for path in environment["PYTHONPATH"].split(os.pathsep)]  # noqa: PTH100 - relative to this process, before the child has another cwd
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     return environment
 

@@ -229,11 +229,13 @@ class SlurmLaunched:
 def job_ended_error(directory: WorkspaceDirectory, status: JobStatus, python: str) -> WorkspaceError:
     """Why a job ended before its workspace published an address, with the tail of its log."""
     tail = directory.log_tail(directory.node_log)
-    if "No module named" in tail and "hpc_workspace" in tail or "not found" in tail and python in tail or (
-        "No such file" in tail and python in tail
+    if (
+        ("No module named" in tail and "hpc_workspace" in tail)
+        or ("not found" in tail and python in tail)
+        or ("No such file" in tail and python in tail)
     ):
         return PrerequisiteError(
-            f"The interpreter {python} can't run hpc_workspace on node {status.node or '?'} (Slurm job {status.job_id}).",
+            f"The interpreter {python} can't run hpc_workspace on node {status.node or '?'} (job {status.job_id}).",
             evidence=f"Last lines of {directory.node_log}:\n{tail}",
             remedy='Name one that the nodes have: SlurmOptions(python="/shared/venv/bin/python").',
         )

@@ -68,7 +68,9 @@ class JobStatus:
         return self.state in WAITING_STATES
 
 
-def build_sbatch_argv(options: SlurmOptions, *, name: str, directory: str, script: str, log: str, exported: list[str]) -> list[str]:
+def build_sbatch_argv(
+    options: SlurmOptions, *, name: str, directory: str, script: str, log: str, exported: list[str]
+) -> list[str]:
     """The argv that submits `script`. Every option of the user's is on argv and none in the script's text.
 
     Args:
@@ -125,7 +127,14 @@ def parse_squeue(stdout: str) -> dict[str, JobStatus]:
 
 
 def build_sacct_argv(job_id: str) -> list[str]:
-    return ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=JobID,State,NodeList,Reason"]
+    return [
+        "sacct",
+        "--noheader",
+        "--parsable2",
+        "--allocations",
+        f"--jobs={job_id}",
+        "--format=JobID,State,NodeList,Reason",
+    ]
 
 
 def parse_sacct(stdout: str) -> JobStatus | None:

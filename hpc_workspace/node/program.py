@@ -16,9 +16,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_workspace import clock
+from hpc_workspace import clock, procfs
 from hpc_workspace.errors import ContainerError, ServerNotReadyError, WorkspaceError
-from hpc_workspace import procfs
 from hpc_workspace.node import server, teardown
 from hpc_workspace.node.door import DetachRequested, Door, EndRequested, LeasesChanged
 from hpc_workspace.node.identity import Family, NotOursError
@@ -50,7 +49,7 @@ class ServerDied:
     returncode: int
 
 
-class EndedEarly(Exception):  # noqa: N818 - not an error: somebody asked
+class EndedEarly(Exception):
     """The end was asked for before the workspace was ready."""
 
 
@@ -90,7 +89,9 @@ class NodeProgram:
             log.error("failed: %s", error)
         except OSError as error:
             state, reason = "failed", f"the node program failed: {error}"
-            failure = Failure(kind="ContainerError", what=f"The workspace can't be started on {_node()}.", evidence=str(error))
+            failure = Failure(
+                kind="ContainerError", what=f"The workspace can't be started on {_node()}.", evidence=str(error)
+            )
             log.exception("failed")
         return self._end(state, reason, failure)
 
@@ -110,7 +111,9 @@ class NodeProgram:
         self._phases_s["prepare"] = self._started.elapsed_s
         self._start_server()
         self._publish("ready")
-        log.info("ready after %.2f s: port %d, server pid %d", self._started.elapsed_s, self._door.port, self._child_pid)
+        log.info(
+            "ready after %.2f s: port %d, server pid %d", self._started.elapsed_s, self._door.port, self._child_pid
+        )
 
     def _start_server(self) -> None:
         """Start the server and wait until it answers.
@@ -129,9 +132,7 @@ class NodeProgram:
                     raise
                 log.warning("the server died at its start, trying once more: %s", error.what)
                 assert self._scratch is not None
-                self._plan = server.make_plan(
-                    self.spec, self._scratch, self._token, self.directory.read_environment()
-                )
+                self._plan = server.make_plan(self.spec, self._scratch, self._token, self.directory.read_environment())
             else:
                 self._phases_s["server"] = clock.now_s() - began_s
                 return
@@ -290,14 +291,16 @@ class NodeProgram:
         left = self._clean_up()
         if left and failure is None:
             state = "failed"
-            failure = Failure(kind="ContainerError", what=f"The workspace on {_node()} left something behind.", evidence=left)
+            failure = Failure(
+                kind="ContainerError", what=f"The workspace on {_node()} left something behind.", evidence=left
+            )
         if left:
             log.error("left behind: %s", left)
         try:
             self.directory.forget_secrets()
             self._publish(state, reason, failure)
         except (WorkspaceError, OSError) as error:
-            log.error("the record can't be written: %s", error)  # noqa: TRY400 - the disk is the news, not the trace
+            log.error("the record can't be written: %s", error)
         if self._door:
             self._door.close(reason if failure is None else failure.what)
         return 0 if state == "ended" else 1
@@ -327,7 +330,7 @@ def _remedy_for(tail: str) -> str:
 
 # Source: messages of Apptainer 1.4.5, seen in its log.
 _KNOWN_CAUSES = {
-    "user namespace": "This node allows no unprivileged user namespaces: ask its administrators, or set use_fakeroot=False.",
+    "user namespace": "This node allows no unprivileged user namespaces: ask its administrators.",
     "fakeroot": "This node may have no fakeroot for you (no lines in /etc/subuid): set use_fakeroot=False.",
     "no space left": "The node's disk is full: free some of it, or point TMPDIR at one with room.",
 }

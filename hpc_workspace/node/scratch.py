@@ -6,12 +6,14 @@ import contextlib
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_workspace.errors import ContainerError
 
+_LAST_RESORT = "/tmp"  # noqa: S108 - made 0700 below
 _CANDIDATES = ("SLURM_TMPDIR", "TMPDIR")
 # unix(7): sun_path is 108 bytes; the longest name made below is 20.
 _LONGEST_SOCKET_BASE = 80
@@ -23,10 +25,10 @@ def choose_base(environment: Mapping[str, str]) -> Path:
     Raises:
         ContainerError: none of them can be written.
     """
-    named = [environment[name] for name in _CANDIDATES if environment.get(name)]
-    usable = [path for path in map(Path, [*named, "/tmp"]) if os.access(path, os.W_OK | os.X_OK)]  # noqa: S108 - 0700 below
+    named = [*(environment[name] for name in _CANDIDATES if environment.get(name)), _LAST_RESORT]
+    usable = [path for path in map(Path, named) if os.access(path, os.W_OK | os.X_OK)]
     if not usable:
-        raise ContainerError("No directory for scratch on this node can be written.", evidence=", ".join([*named, "/tmp"]))  # noqa: S108
+        raise ContainerError("No directory for scratch on this node can be written.", evidence=", ".join(named))
     return max(usable, key=lambda path: shutil.disk_usage(path).free)
 
 
@@ -37,7 +39,7 @@ class Scratch:
         self.path = Path(tempfile.mkdtemp(prefix="hpcws-", dir=base))
         self.sockets = self.path
         if len(os.fsencode(self.path)) > _LONGEST_SOCKET_BASE:
-            self.sockets = Path(tempfile.mkdtemp(prefix="hpcws-", dir="/tmp"))  # noqa: S108 - mkdtemp makes it 0700
+            self.sockets = Path(tempfile.mkdtemp(prefix="hpcws-", dir="/tmp"))
         self.run = self._made(self.sockets, "run")
         self.private = self._made(self.path, "private")
         self.workspace = self._made(self.path, "workspace")
@@ -76,7 +78,7 @@ class Scratch:
 def remove_tree(path: Path) -> None:
     """Remove a tree as far as this user can, opening directories that were closed on the way (overlay's `work`)."""
 
-    def open_and_retry(function: object, name: str, error: BaseException) -> None:
+    def open_and_retry(function: object, name: str, error: object) -> None:
         with contextlib.suppress(OSError):
             for closed in (Path(name).parent, Path(name)):
                 if stat.S_ISDIR(closed.lstat().st_mode):
@@ -85,8 +87,6 @@ def remove_tree(path: Path) -> None:
 
     if path.exists():
         # onerror is deprecated in 3.12 for onexc, which 3.11 does not have; both call with three arguments.
-        import sys
-
         if sys.version_info >= (3, 12):
             shutil.rmtree(path, onexc=open_and_retry)
         else:

@@ -114,7 +114,9 @@ def _process_plan(spec: Spec, scratch: Scratch, token: str, environment: Mapping
     # Without a container there is no /workspace: commands start in mount_dir, or in a directory of the scratch.
     working_dir = spec.mount_dir or (str(scratch.workspace) if spec.working_dir == "/workspace" else spec.working_dir)
     config = _write_bundled_config(scratch, token, working_dir, str(scratch.tmp))
-    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ") if name in os.environ}
+    inherited = {
+        name: os.environ[name] for name in ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ") if name in os.environ
+    }
     return Plan(
         argv=[sys.executable, "-m", "hpc_workspace.server", "--uds", str(scratch.server_socket)],
         environment={
@@ -151,7 +153,7 @@ def _bundled_plan(
             f"The toolbox {spec.toolbox} is not visible on {os.uname().nodename}.",
             remedy="Set cache_dir (or HPC_WORKSPACE_CACHE) to a directory that the compute nodes see.",
         )
-    config = _write_bundled_config(scratch, token, spec.working_dir, "/tmp")  # noqa: S108 - the container's own
+    config = _write_bundled_config(scratch, token, spec.working_dir, "/tmp")  # noqa: S108 - made 0700 below
     inside = {
         **environment,
         "HPC_WORKSPACE_SERVER_CONFIG": _INSIDE_CONFIG,
@@ -220,7 +222,7 @@ def _container_plan(
     mounts = [
         apptainer.Mount(str(scratch.run), _INSIDE_RUN),
         # A contained /tmp is a 64 MiB tmpfs by default: too small for an upload's spool. This is the node's disk.
-        apptainer.Mount(str(scratch.tmp), "/tmp"),  # noqa: S108 - the container's own
+        apptainer.Mount(str(scratch.tmp), "/tmp"),  # noqa: S108 - made 0700 below
         apptainer.Mount(spec.mount_dir or str(scratch.workspace), "/workspace"),
         # --no-mount bind-paths takes these away, and DNS with them.
         *(apptainer.Mount(path, path, read_only=True) for path in _RESOLVER_FILES if Path(path).exists()),

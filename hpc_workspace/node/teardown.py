@@ -6,8 +6,7 @@ import ctypes
 import os
 import signal
 
-from hpc_workspace import clock
-from hpc_workspace import procfs
+from hpc_workspace import clock, procfs
 
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2), include/uapi/linux/prctl.h
 _PROBE_S = 0.01

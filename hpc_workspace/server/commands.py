@@ -209,9 +209,8 @@ class Command:
     async def _supervise(self, popen: "subprocess.Popen[bytes]") -> None:
         exited = watch_exit(popen.pid)
         stopped = asyncio.create_task(self._stop_requested.wait())
-        done, _ = await asyncio.wait(
-            {exited, stopped}, timeout=self.request.timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        either: set[asyncio.Future[Any]] = {exited, stopped}
+        done, _ = await asyncio.wait(either, timeout=self.request.timeout_s, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if exited not in done:
             self.has_timed_out = stopped not in done

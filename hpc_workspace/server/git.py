@@ -93,5 +93,3 @@ def _name(data: bytes) -> str:
 
 def _text(data: bytes | None) -> str | None:
     return None if data is None else data.decode("utf-8", "replace")
-
-

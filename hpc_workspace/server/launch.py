@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -70,7 +71,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     )
     server = uvicorn.Server(config)
     # uvicorn's own handlers would wait for open streams; ours end the commands first.
-    server.capture_signals = _no_signals  # type: ignore[method-assign]
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,11 +83,3 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
     await table.end_all(grace_s=_STOP_GRACE_S)
     server.should_exit = server.force_exit = True
     await serving
-
-
-class _no_signals:  # noqa: N801 - stands in for a context manager of uvicorn's
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None

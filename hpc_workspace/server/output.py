@@ -16,11 +16,9 @@ _PIECE_BYTES = 256 * 1024
 
 
 class OutputLog:
-    """Bytes of one stream, in order. Nothing here awaits: the spool is on node-local disk, that is in its page cache."""
+    """Bytes of one stream, in order. Nothing here awaits: the spool is on node-local disk."""
 
-    def __init__(
-        self, spool_file: Path, *, memory_bytes: int = MEMORY_BYTES, spool_bytes: int = SPOOL_BYTES
-    ) -> None:
+    def __init__(self, spool_file: Path, *, memory_bytes: int = MEMORY_BYTES, spool_bytes: int = SPOOL_BYTES) -> None:
         self.total = 0
         self._memory_bytes = memory_bytes
         self._spool_bytes = spool_bytes

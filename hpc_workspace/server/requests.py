@@ -78,7 +78,7 @@ def _cwd(value: object) -> str | None:
     return value
 
 
-def _timeout(value: Any) -> float | None:  # noqa: ANN401 - any JSON value
+def _timeout(value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:

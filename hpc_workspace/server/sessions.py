@@ -48,6 +48,10 @@ def signal_session(session: int, number: signal.Signals) -> int:
     return len(members)
 
 
+async def _has_members(session: int) -> bool:
+    return bool(await asyncio.to_thread(session_members, [session]))
+
+
 async def end_session(session: int, *, grace_s: float) -> None:
     """TERM, time to clean up, then KILL, until no member is left or KILL has been sent for half a second.
 
@@ -56,7 +60,7 @@ async def end_session(session: int, *, grace_s: float) -> None:
     loop = asyncio.get_running_loop()
     await asyncio.to_thread(signal_session, session, signal.SIGTERM)
     deadline = loop.time() + grace_s
-    while loop.time() < deadline and await asyncio.to_thread(session_members, [session]):
+    while loop.time() < deadline and await _has_members(session):
         await asyncio.sleep(min(_POLL_S, grace_s / 4))
     deadline = loop.time() + 0.5
     while await asyncio.to_thread(signal_session, session, signal.SIGKILL) and loop.time() < deadline:

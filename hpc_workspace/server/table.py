@@ -165,8 +165,8 @@ class CommandTable:
         self._subscribers.discard(subscriber)
 
     def _new_command(self, request: CommandRequest) -> Command:
-        cwd = os.path.normpath(os.path.join(self._settings.working_dir, request.cwd or ""))  # noqa: PTH118
-        if not os.path.isdir(cwd):  # noqa: PTH112
+        cwd = os.path.normpath(os.path.join(self._settings.working_dir, request.cwd or ""))  # noqa: PTH118 - the caller's own spelling is kept
+        if not os.path.isdir(cwd):  # noqa: PTH112 - as above
             raise RequestError(f"cwd {cwd} is not a directory")
         return Command(
             request,

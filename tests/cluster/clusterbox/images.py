@@ -1,0 +1,125 @@
+"""The images that the tests use, made here: Debian trees as OCI images, in the cluster's registry, and as SIF files.
+
+Each is named in the cache by a hash of its recipe, and put at /shared/images/NAME.sif on the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .base import ClusterError, State, digest, remove_tree, say
+from .enter import Node, node_run, require_node
+from .rootfs import build_debian, pip_env, require_node_tree, run_in_tree
+
+RECIPE = "1"  # raise it when the code below changes what an image holds
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image: its Debian packages, what is done to its tree afterwards, and its OCI configuration."""
+
+    packages: tuple[str, ...]
+    entrypoint: tuple[str, ...]
+    environment: tuple[str, ...] = ()
+    pip: tuple[str, ...] = ()
+    finish: Callable[[State, Path, Path], None] | None = None
+
+
+def _install_agent_server(state: State, tree: Path, log: Path) -> None:
+    """The real agent server in the place where upstream's image has it. Nothing of the host's pip settings stays."""
+    run_in_tree(tree, ["python3", "-m", "venv", "/agent-server/.venv"], log=log)
+    argv = ["/agent-server/.venv/bin/pip", "install", "--no-cache-dir", *IMAGES["agent-server"].pip]
+    run_in_tree(tree, argv, log=log, env=pip_env())
+
+
+IMAGES = {
+    "tiny": Image(packages=("python3", "tini", "bash"), entrypoint=("tini", "--")),
+    "agent-server": Image(
+        packages=("python3", "python3-venv", "tini", "bash", "curl", "git", "jq", "tmux", "procps", "ca-certificates"),
+        entrypoint=("tini", "--", "/agent-server/.venv/bin/python", "-m", "openhands.agent_server"),
+        pip=("openhands-agent-server==1.58.*", "openhands-tools==1.58.*"),
+        finish=_install_agent_server,
+    ),
+    "busybox": Image(packages=(), entrypoint=("/bin/sh",)),
+}
+PATH_VARIABLE = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def make_images(state: State, names: list[str]) -> None:
+    """Make the named images that are missing (all, where none is named).
+
+    Raises:
+        ClusterError: an unknown name, or a step failed.
+    """
+    for name in names or list(IMAGES):
+        if name not in IMAGES:
+            raise ClusterError(f"there is no image {name!r}; there are {', '.join(IMAGES)}")
+        _make_image(state, name, IMAGES[name])
+
+
+def _make_image(state: State, name: str, image: Image) -> None:
+    recipe = (name, RECIPE, *image.packages, *image.entrypoint, *image.environment, *image.pip)
+    cached = state.cache / "images" / f"{name}-{digest(*recipe)}.sif"
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    if not cached.exists():
+        say(f"making the image {name} (log: cache/images/{name}.log)")
+        _build(state, name, image, cached)
+    published = state.shared / "images" / f"{name}.sif"
+    published.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if not published.exists() or published.stat().st_size != cached.stat().st_size:
+        aside = published.with_suffix(".part")
+        shutil.copy(cached, aside)
+        aside.chmod(0o644)
+        aside.rename(published)
+
+
+def _build(state: State, name: str, image: Image, target: Path) -> None:
+    log = target.parent / f"{name}.log"
+    tree = target.parent / f"{name}.tree"
+    work = state.shared / f".{name}.build"
+    remove_tree(tree)
+    remove_tree(work)
+    if image.packages:
+        build_debian(tree, list(image.packages), variant="essential", with_sid=False, log=log)
+    else:
+        _busybox_tree(require_node_tree(state), tree)
+    if image.finish is not None:
+        image.finish(state, tree, log)
+    work.mkdir(mode=0o700, parents=True)
+    shutil.move(tree, work / "tree")
+    _to_sif(require_node(state, "login"), name, image, log)
+    os.replace(work / "image.sif", target)
+    remove_tree(work)
+
+
+def _busybox_tree(node_tree: Path, tree: Path) -> None:
+    """Nothing but a static busybox: no C library, no Python."""
+    (tree / "bin").mkdir(parents=True)
+    for folder in ("etc", "tmp", "proc", "sys", "dev", "root", "var/tmp"):
+        (tree / folder).mkdir(parents=True)
+    shutil.copy(node_tree / "usr/bin/busybox", tree / "bin/busybox")
+    for applet in ("sh", "ls", "cat", "echo", "id", "true", "sleep", "hostname", "env", "mkdir", "rm", "ps", "kill"):
+        (tree / "bin" / applet).symlink_to("busybox")
+    (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    (tree / "etc/group").write_text("root:x:0:\n")
+
+
+def _to_sif(login: Node, name: str, image: Image, log: Path) -> None:
+    """Tree -> OCI image -> registry, and -> SIF, with the nodes' own tools. Source: umoci(1), skopeo-copy(1)."""
+    work = f"/shared/.{name}.build"
+    oci = f"{work}/oci:latest"
+    settings = [f"--config.entrypoint={word}" for word in image.entrypoint]
+    settings += [f"--config.env={pair}" for pair in (PATH_VARIABLE, *image.environment)]
+    for argv in (
+        ["umoci", "init", "--layout", f"{work}/oci"],
+        ["umoci", "new", "--image", oci],
+        ["umoci", "insert", "--image", oci, f"{work}/tree", "/"],
+        ["umoci", "config", "--image", oci, *settings],
+        ["skopeo", "copy", "--dest-tls-verify=false", f"oci:{oci}", f"docker://login:5000/{name}:latest"],
+        ["apptainer", "build", "--force", f"{work}/image.sif", f"oci:{work}/oci"],
+    ):
+        node_run(login, ["env", f"APPTAINER_TMPDIR={work}", f"APPTAINER_CACHEDIR={work}/cache", "TMPDIR=" + work, *argv], log=log)
