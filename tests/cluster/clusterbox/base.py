@@ -53,10 +53,10 @@ class State:
         return cls(Path(os.environ.get(STATE_VARIABLE) or DEFAULT_STATE_DIR).resolve())
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the cluster's lock, so that two commands which change it take turns."""
+    def locked(self, name: str = "lock") -> Iterator[None]:
+        """Hold the cluster's lock of that name, so that two commands which change the same thing take turns."""
         self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self.root / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

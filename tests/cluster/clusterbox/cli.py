@@ -200,6 +200,18 @@ def dispatch(state: State, arguments: argparse.Namespace) -> int:
     if command == "status":
         status(state, as_json=arguments.json)
         return 0
+    if command == "install":
+        from .install import install
+
+        with state.locked("install.lock"):
+            install(state, arguments.wheel, arguments.wheel_dir, arguments.extra)
+        return 0
+    if command == "images":
+        from .images import make_images
+
+        with state.locked("images.lock"):
+            make_images(state, arguments.names)
+        return 0
     from . import daemons, net, node, slurm
 
     with state.locked():
@@ -218,14 +230,6 @@ def dispatch(state: State, arguments: argparse.Namespace) -> int:
             daemons.require_daemon(arguments.node, arguments.daemon, accounting=slurm.has_accounting(state))
             act = daemons.stop_daemon if arguments.verb == "stop" else daemons.start_daemon
             act(require_node(state, arguments.node), arguments.daemon)
-        elif command == "install":
-            from .install import install
-
-            install(state, arguments.wheel, arguments.wheel_dir, arguments.extra)
-        elif command == "images":
-            from .images import make_images
-
-            make_images(state, arguments.names)
     return 0
 
 

@@ -1,0 +1,38 @@
+# Two commands matter: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: demo test test-long check fix clean
+
+demo: $(VENV)/.installed
+	$(BIN)/hpc-workspace demo
+
+test: check
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check hpc_workspace tests examples
+	$(BIN)/ruff format --check hpc_workspace tests examples
+	$(BIN)/mypy
+
+fix: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix hpc_workspace tests examples
+	$(BIN)/ruff format hpc_workspace tests examples
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) dist build

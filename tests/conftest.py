@@ -1,0 +1,44 @@
+"""What the lanes need, and what happens where it is missing: a named skip, which is a failure with CI=true."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import Cluster, why_no_cluster
+
+REPO = Path(__file__).parent.parent
+
+
+def skip_or_fail(reason: str) -> None:
+    """A lane that can't run here: named, and never in silence where CI must run it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"with CI=true every lane must run: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """The real cluster, up, with its images and the built wheel installed; down again if it was down before."""
+    if reason := why_no_cluster():
+        skip_or_fail(reason)
+    box = Cluster(REPO)
+    box.bring_up()
+    yield box
+    box.leave()
+
+
+@pytest.fixture(autouse=True)
+def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a state directory and a store of its own."""
+    monkeypatch.setenv("HPC_WORKSPACE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HPC_WORKSPACE_CACHE", str(tmp_path / "cache"))
+
+
+def pytest_report_header() -> list[str]:
+    reason = why_no_cluster()
+    return [f"cluster lane: {'cannot run: ' + reason if reason else 'real sbatch, apptainer and sshd'}", sys.version]

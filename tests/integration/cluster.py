@@ -1,0 +1,99 @@
+"""The test cluster as the tests see it: commands in its nodes, as an ordinary user."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+NODES = ("login", "n01", "n02", "n03")
+COMPUTE = NODES[1:]
+VENV = "/shared/venv/bin"
+_QUIET_TIMEOUT_S = 15
+
+
+def why_no_cluster() -> str:
+    """Why the cluster can't run here, and what to do about it; empty if it can."""
+    if not sys.platform.startswith("linux"):
+        return "it needs Linux"
+    if os.geteuid() != 0:
+        return "it needs root (namespaces, mounts, cgroups): run as root"
+    if not shutil.which("apt-get"):
+        return "it needs a Debian host with apt-get and mmdebstrap"
+    return ""
+
+
+class Cluster:
+    """Runs `tests/cluster/cluster`."""
+
+    def __init__(self, repo: Path) -> None:
+        self._repo = repo
+        self._program = str(repo / "tests/cluster/cluster")
+        self._was_up = False
+
+    def bring_up(self) -> None:
+        """Cluster, images and the built wheel; each step only as far as it is missing."""
+        self._was_up = json.loads(self.call("status", "--json").stdout)["up"]
+        self.call("up")
+        self.call("images")
+        with tempfile.TemporaryDirectory() as folder:
+            argv = [sys.executable, "-m", "build", "--wheel", "--outdir", folder, str(self._repo)]
+            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+            self.call("install", folder)
+        versions = self.run("login", ["sh", "-c", "sbatch --version; apptainer --version; ssh -V 2>&1"]).stdout
+        sys.stderr.write(f"\ncluster lane: {', '.join(versions.split(chr(10)))}\n")
+
+    def leave(self) -> None:
+        if not self._was_up:
+            self.call("down")
+
+    def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """One command of the cluster's own; its failure is the test's."""
+        ended = subprocess.run([self._program, *arguments], capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, f"cluster {' '.join(arguments)}: {ended.stderr}"
+        return ended
+
+    def argv(self, node: str, command: Sequence[str], user: str = "tester") -> list[str]:
+        return [self._program, "exec", node, "--user", user, "--", *command]
+
+    def run(
+        self, node: str, command: Sequence[str], *, user: str = "tester", timeout_s: float = 180, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """A command in a node, to its end."""
+        return subprocess.run(
+            self.argv(node, command, user), capture_output=True, text=True, input=stdin, timeout=timeout_s, check=False
+        )
+
+    def python(self, node: str, code: str, *, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
+        """A piece of Python in a node, with the wheel installed."""
+        return self.run(node, [f"{VENV}/python", "-c", code], timeout_s=timeout_s)
+
+    def open(self, node: str, command: Sequence[str]) -> subprocess.Popen[str]:
+        """A command in a node that the test talks to."""
+        return subprocess.Popen(
+            self.argv(node, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def leftovers(self) -> dict[str, str]:
+        """What of the tester's is left on any node or in the queue: processes, scratch, jobs. Empty when all is gone.
+
+        A job that has just ended is given time to leave the queue: the wait is Slurm's, in `scontrol wait_job`-like
+        looks by squeue itself (`--iterate` has no end), so a loop of `srun true` would be no more of an event.
+        """
+        found = {}
+        script = (
+            f"for i in $(seq {_QUIET_TIMEOUT_S * 5}); do "
+            'left="$(ps -u tester -o args= | grep -v -e "^sh -c" -e "^ps -u" -e "^grep" -e "^sleep" -e "^seq")'
+            '$(ls -d /tmp/hpcws-* 2>/dev/null)"; [ -z "$left" ] && exit 0; sleep 0.2; done; echo "$left"'
+        )
+        for node in COMPUTE:
+            if left := self.run(node, ["sh", "-c", script], user="root").stdout.strip():
+                found[node] = left
+        if jobs := self.run("login", ["squeue", "--noheader", "--user=tester"]).stdout.strip():
+            found["queue"] = jobs
+        return found
