@@ -278,11 +278,18 @@ class Workspace:
         Raises:
             TunnelError: its door can't be told; it will end as it would have.
         """
-        stream = self._dial(Wish(want="detach"))
-        stream.wait_granted()
-        self._disconnect()
-        stream.close()
-        return self.id
+        with self._lock:
+            with contextlib.closing(self._dial(Wish(want="detach"))) as stream:
+                stream.wait_granted()
+            self.disconnect()
+            return self.id
+
+    def disconnect(self) -> None:
+        """Leave the workspace as it is, and let go of it: it ends when its last client is gone or it is idle."""
+        with self._lock:
+            _open_workspaces.discard(self)
+            self._launched = None
+            self._disconnect()
 
     def close(self) -> None:
         """End the workspace and wait until nothing of it is left. A second call does nothing.

@@ -14,8 +14,9 @@ from hpc_workspace.cli import EXIT_TIMEOUT
 from hpc_workspace.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from hpc_workspace.results import CommandResult, OutputChunk
     from hpc_workspace.workspace import ApptainerWorkspace
 
 
@@ -90,24 +91,30 @@ def run(command: tuple[str, ...], timeout: float | None, **options: Any) -> None
     \b
     hpc-workspace run --slurm -p cpu -t 5 --image python.sif -- 'hostname; id -un'
     """
-    from hpc_workspace.results import CommandResult
-
     line = command[0] if len(command) == 1 else shlex.join(command)
-    code = 0
     with _make_workspace(options) as workspace:
-        for item in workspace.stream_command(line, timeout=timeout):
-            if isinstance(item, CommandResult):
-                code = _exit_code(item)
-                if item.timeout_occurred:
-                    click.echo(f"hpc-workspace: the command ran longer than {timeout:g} s", err=True)
-            else:
-                out = sys.stdout.buffer if item.stream == "stdout" else sys.stderr.buffer
-                out.write(item.data)
-                out.flush()
+        code = _print_stream(workspace.stream_command(line, timeout=timeout))
     sys.exit(code)
 
 
-def _exit_code(result: Any) -> int:
+def _print_stream(items: Iterator[OutputChunk | CommandResult]) -> int:
+    """Print a command's output as it comes. Returns the exit code for this process."""
+    from hpc_workspace.results import CommandResult
+
+    code = 0
+    for item in items:
+        if isinstance(item, CommandResult):
+            code = _exit_code(item)
+            if item.timeout_occurred:
+                click.echo("hpc-workspace: the command ran longer than its --timeout", err=True)
+        else:
+            out = sys.stdout.buffer if item.stream == "stdout" else sys.stderr.buffer
+            out.write(item.data)
+            out.flush()
+    return code
+
+
+def _exit_code(result: CommandResult) -> int:
     """A process's exit code for a command's: 128 + N for signal N, as shells do."""
     if result.timeout_occurred:
         return EXIT_TIMEOUT
@@ -137,17 +144,15 @@ def exec_(workspace_id: str, command: tuple[str, ...], timeout: float | None) ->
     \b
     hpc-workspace exec ws-0a1b2c3d4e -- python -V
     """
-    from hpc_workspace.results import CommandResult
     from hpc_workspace.workspace import Workspace
 
     line = command[0] if len(command) == 1 else shlex.join(command)
     workspace = Workspace.attach(workspace_id)
-    for item in workspace.stream_command(line, timeout=timeout):
-        if isinstance(item, CommandResult):
-            sys.exit(_exit_code(item))
-        out = sys.stdout.buffer if item.stream == "stdout" else sys.stderr.buffer
-        out.write(item.data)
-        out.flush()
+    try:
+        code = _print_stream(workspace.stream_command(line, timeout=timeout))
+    finally:
+        workspace.disconnect()
+    sys.exit(code)
 
 
 @cli.command()
@@ -172,7 +177,9 @@ def logs(workspace_id: str) -> None:
     """Print what the agent server of WORKSPACE_ID has printed."""
     from hpc_workspace.workspace import Workspace
 
-    click.echo(Workspace.attach(workspace_id).logs(), nl=False)
+    workspace = Workspace.attach(workspace_id)
+    click.echo(workspace.logs(), nl=False)
+    workspace.disconnect()
 
 
 @cli.command()

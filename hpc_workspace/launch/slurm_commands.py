@@ -142,7 +142,7 @@ def parse_sacct(stdout: str) -> JobStatus | None:
     for line in reversed(stdout.splitlines()):
         fields = line.split("|")
         if len(fields) == 4 and fields[1]:
-            word, _, by = fields[1].partition(" ")
+            word, _, by = fields[1].partition(" by ")
             return JobStatus(fields[0], word, "" if fields[2] == "None assigned" else fields[2], by or fields[3])
     return None
 

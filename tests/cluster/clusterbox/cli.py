@@ -28,7 +28,9 @@ def check_file_system(state: State) -> None:
             best = (len(point), fields)
     fields = best[1]
     kind, options = fields[fields.index("-") + 1], fields[5].split(",")
-    wrong = [word for word in ("nosuid", "nodev", "noexec") if word in options] + (["overlay"] if kind == "overlay" else [])
+    wrong = [word for word in ("nosuid", "nodev", "noexec") if word in options] + (
+        ["overlay"] if kind == "overlay" else []
+    )
     if wrong:
         raise ClusterError(
             f"{state.root} is on a file system that is {', '.join(wrong)}: name another directory in HPC_WORKSPACE_CLUSTER_DIR"
@@ -49,7 +51,9 @@ def up(state: State, *, accounting: bool) -> None:
     if running:
         tree = next(iter(running.values())).tree
         if accounting != slurm.has_accounting(state):
-            raise ClusterError("the cluster runs, but " + ("without" if accounting else "with") + " accounting: `down` first")
+            raise ClusterError(
+                "the cluster runs, but " + ("without" if accounting else "with") + " accounting: `down` first"
+            )
     elif not (state.run / "up").exists():
         node.make_keys(state)
         node.make_homes(state, tree)
@@ -122,7 +126,10 @@ def status(state: State, *, as_json: bool) -> None:
             "power": found is not None,
             "link": net.link_state(state, name),
             "pid": found.pid if found else None,
-            "daemons": {d: found is not None and daemons.is_running(found, d) for d in daemons.daemons_of(name, accounting=accounting)},
+            "daemons": {
+                d: found is not None and daemons.is_running(found, d)
+                for d in daemons.daemons_of(name, accounting=accounting)
+            },
         }
     images = sorted(path.name for path in (state.shared / "images").glob("*.sif"))
     facts = {
@@ -141,7 +148,9 @@ def status(state: State, *, as_json: bool) -> None:
     print(f"{'up' if facts['up'] else 'not up'}  {state.root}  accounting: {'on' if accounting else 'off'}")
     for name, node in nodes.items():
         parts = " ".join(daemon if is_up else f"({daemon} stopped)" for daemon, is_up in node["daemons"].items())  # type: ignore[attr-defined]
-        print(f"{name:6} {node['address']:12} power {'on' if node['power'] else 'off':3}  link {node['link']:6}  {parts}")
+        print(
+            f"{name:6} {node['address']:12} power {'on' if node['power'] else 'off':3}  link {node['link']:6}  {parts}"
+        )
     print(f"images: {' '.join(images) or 'none'}")
 
 

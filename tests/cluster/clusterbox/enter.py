@@ -107,7 +107,13 @@ def enter_argv(
 
 
 def node_run(
-    node: Node, argv: Sequence[str], *, user: str = "root", check: bool = True, log: Path | None = None, stdin: str | None = None
+    node: Node,
+    argv: Sequence[str],
+    *,
+    user: str = "root",
+    check: bool = True,
+    log: Path | None = None,
+    stdin: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in the node to its end and return what it said.
 

@@ -122,4 +122,8 @@ def _to_sif(login: Node, name: str, image: Image, log: Path) -> None:
         ["skopeo", "copy", "--dest-tls-verify=false", f"oci:{oci}", f"docker://login:5000/{name}:latest"],
         ["apptainer", "build", "--force", f"{work}/image.sif", f"oci:{work}/oci"],
     ):
-        node_run(login, ["env", f"APPTAINER_TMPDIR={work}", f"APPTAINER_CACHEDIR={work}/cache", "TMPDIR=" + work, *argv], log=log)
+        node_run(
+            login,
+            ["env", f"APPTAINER_TMPDIR={work}", f"APPTAINER_CACHEDIR={work}/cache", "TMPDIR=" + work, *argv],
+            log=log,
+        )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from . import files
 from .base import HOST_ENV, ClusterError, State, remove_tree, run, wait_until
-from .cgroups import kill_all, leave_node_cgroups, make_node_cgroups, procs_files, remove_cgroups
 from .cgroups import controllers as cgroup_controllers
+from .cgroups import kill_all, leave_node_cgroups, make_node_cgroups, procs_files, remove_cgroups
 from .enter import Node, find_node, start_time
 from .net import NODES, netns, pids_of, plug, unplug
 from .rootfs import USERS

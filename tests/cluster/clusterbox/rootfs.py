@@ -62,7 +62,9 @@ def build_debian(
         tail = log.read_text(errors="replace").splitlines()[-20:]
         if not any("/sid/InRelease is expired" in line for line in tail):
             raise ClusterError("mmdebstrap failed:\n" + "\n".join(tail))
-        say("the mirror's copy of sid is past its date: taking Apptainer from it without that check (signatures stay checked)")
+        say(
+            "the mirror's copy of sid is past its date: taking Apptainer from it without that check (signatures stay checked)"
+        )
         remove_tree(target)
         build_debian(target, packages, variant=variant, with_sid=True, log=log, accept_stale_sid=True)
         return
@@ -127,10 +129,16 @@ def run_in_tree(
         env: variables on top of a clean environment.
         binds: host directory -> absolute path in the tree, made if missing.
     """
-    lines = ['set -eu', 't=$1; shift', 'mount -t tmpfs -o mode=1777 tmpfs "$t/tmp"', 'mount -t proc proc "$t/proc"']
-    lines += ['mount --rbind /dev "$t/dev"', '[ ! -s /etc/resolv.conf ] || mount --bind /etc/resolv.conf "$t/etc/resolv.conf"']
+    lines = ["set -eu", "t=$1; shift", 'mount -t tmpfs -o mode=1777 tmpfs "$t/tmp"', 'mount -t proc proc "$t/proc"']
+    lines += [
+        'mount --rbind /dev "$t/dev"',
+        '[ ! -s /etc/resolv.conf ] || mount --bind /etc/resolv.conf "$t/etc/resolv.conf"',
+    ]
     lines += ['[ ! -s /etc/hosts ] || mount --bind /etc/hosts "$t/etc/hosts"']
-    lines += ['cp -- "$1" "$t/tmp/ca.pem"; shift', 'while [ "$1" != -- ]; do mount --bind "$1" "$t$2"; shift 2; done; shift']
+    lines += [
+        'cp -- "$1" "$t/tmp/ca.pem"; shift',
+        'while [ "$1" != -- ]; do mount --bind "$1" "$t$2"; shift 2; done; shift',
+    ]
     lines += ['exec chroot "$t" "$@"']
     pairs: list[str] = []
     for source, inside in (binds or {}).items():
@@ -150,7 +158,12 @@ def run_in_tree(
 
 def pip_env() -> dict[str, str]:
     """Variables with which pip in a tree (see `run_in_tree`) reaches the index that the host uses."""
-    env = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_CACHE_DIR": "1", "PIP_ROOT_USER_ACTION": "ignore", **pip_settings()}
+    env = {
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_NO_CACHE_DIR": "1",
+        "PIP_ROOT_USER_ACTION": "ignore",
+        **pip_settings(),
+    }
     if ca_bundle() is not None:
         env["PIP_CERT"] = "/tmp/ca.pem"
     return env
