@@ -13,6 +13,7 @@ from tests.integration.cluster import COMPUTE, NODES, VENV, Cluster
 pytestmark = pytest.mark.cluster
 
 TINY, SERVER = "/shared/images/tiny.sif", "/shared/images/agent-server.sif"
+LIST_WORKSPACES = "mkdir -p ~/.hpc_workspace/workspaces; ls -A ~/.hpc_workspace/workspaces"
 RUN = [f"{VENV}/hpc-workspace", "run", "--slurm", "-p", "cpu", "-t", "5"]
 
 HOLD = """
@@ -31,13 +32,14 @@ with ApptainerWorkspace(**options) as w:
 def test_run_prints_a_compute_nodes_name_exits_with_the_commands_code_and_leaves_nothing(
     cluster: Cluster, image: list[str]
 ) -> None:
+    before = cluster.run("login", ["sh", "-c", LIST_WORKSPACES]).stdout
     ended = cluster.run("login", [*RUN, "--mem", "2G", *image, "--", "hostname; id -un; exit 3"])
     assert ended.returncode == 3, ended.stderr
     node, user = ended.stdout.split()
     assert node in COMPUTE
     assert user == "root"  # --fakeroot: root inside, the tester outside
     assert cluster.leftovers() == {}
-    assert cluster.run("login", ["sh", "-c", "ls -A ~/.hpc_workspace/workspaces"]).stdout == ""
+    assert cluster.run("login", ["sh", "-c", LIST_WORKSPACES]).stdout == before
 
 
 def test_several_arguments_are_one_program_with_its_arguments(cluster: Cluster) -> None:
