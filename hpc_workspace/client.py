@@ -7,6 +7,7 @@ float time-outs, streaming, raw transfers, exact bytes) is used where `server` s
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import os
@@ -245,7 +246,10 @@ class AgentServerClient:
         """Put bytes into a file of the workspace."""
         path = self._absolute(destination)
         if self._is_bundled:
-            self._json("PUT", "/api/file/raw", params={"path": path, "mode": f"{mode:04o}"}, content=data)
+            # In pieces: one large buffer is sliced anew for every packet further down.
+            headers = {"Content-Length": str(len(data))}
+            params = {"path": path, "mode": f"{mode:04o}"}
+            self._json("PUT", "/api/file/raw", params=params, content=_chunks(io.BytesIO(data)), headers=headers)
         else:
             self._json("POST", "/api/file/upload", params={"path": path}, files={"file": ("upload", data)})
         return FileOperationResult(source_path="", destination_path=path, file_size=len(data))

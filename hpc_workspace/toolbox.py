@@ -7,12 +7,14 @@ final name and then renamed: who loses a race throws his own away.
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import py_compile
 import re
 import secrets
 import shutil
@@ -138,6 +140,7 @@ def _make(root: Path) -> None:
     _copy_library(root)
     _copy_site(root / "site")
     (root / "serve.py").write_text(_SERVE)
+    _compile(root)
     _copy_shared_objects(root, binary)
     sizes = [file.stat().st_size for file in root.rglob("*") if file.is_file()]
     manifest = {"key": _key(), "python": platform.python_version(), "files": len(sizes), "bytes": sum(sizes)}
@@ -156,7 +159,9 @@ def _copy_library(root: Path) -> None:
 
 
 def _leave_out(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if name in _LEFT_OUT or name.startswith("config-")]
+    # Bytecode for -O and -OO is a third of some libraries, and never used here.
+    useless = ("opt-1.pyc", "opt-2.pyc", ".a")
+    return [name for name in names if name in _LEFT_OUT or name.startswith("config-") or name.endswith(useless)]
 
 
 def _copy_site(target: Path) -> None:
@@ -171,6 +176,17 @@ def _copy_site(target: Path) -> None:
         place = target / "hpc_workspace" / source.relative_to(_package())
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, place)
+
+
+def _compile(root: Path) -> None:
+    """Bytecode for what came without: the tree is bound read-only, so that otherwise every start would compile anew.
+
+    Unchecked: nobody edits the tree, and a start over a network file system saves a stat for each module.
+    """
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    for folder in (root / "lib", root / "site"):
+        # Some files of the standard library are broken on purpose; what can't be compiled is never imported.
+        compileall.compile_dir(folder, quiet=2, maxlevels=20, invalidation_mode=mode, stripdir=str(root), workers=1)
 
 
 def _copy_shared_objects(root: Path, binary: Path) -> None:

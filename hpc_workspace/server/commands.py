@@ -228,6 +228,7 @@ class Command:
             await asyncio.wait(pending, timeout=_DRAIN_S)
         for reader in self._readers:
             reader.discard()
+        self._readers = ()
 
     def _on_output(self, name: str, data: bytes) -> None:
         self.logs[name].append(data)

@@ -48,7 +48,7 @@ class EventQuery:
     order_above: int | None = None
     is_descending: bool = False
     limit: int = 100
-    page_id: str | None = None
+    page: int | None = None
 
     def admits(self, event: Event) -> bool:
         """Whether the filters let the event through (those on orders and ids concern outputs only, as upstream)."""
@@ -65,7 +65,10 @@ class CommandTable:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._env = command_environment(settings)
-        self._commands: OrderedDict[str, Command] = OrderedDict()
+        self._commands: dict[str, Command] = {}
+        self._running: dict[str, Command] = {}
+        self._ended_bytes: OrderedDict[str, int] = OrderedDict()
+        self._kept_bytes = 0
         self._forgotten: OrderedDict[str, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscribers: set[Subscriber] = set()
@@ -81,7 +84,7 @@ class CommandTable:
     @property
     def running(self) -> list[Command]:
         """Commands whose shell has not ended."""
-        return [command for command in self._commands.values() if command.is_running]
+        return list(self._running.values())
 
     def count_request(self, change: int) -> None:
         """A request with the key began (+1) or ended (-1)."""
@@ -91,7 +94,7 @@ class CommandTable:
     def idle_s(self) -> float:
         """Seconds since the last request ended, or the last command; 0 while there is one."""
         # The request that asks is not counted: /server_info needs no key.
-        return 0.0 if self._requests or self.running else time.monotonic() - self._last_activity_s
+        return 0.0 if self._requests or self._running else time.monotonic() - self._last_activity_s
 
     def start(self, request: CommandRequest) -> Command:
         """Run the request; or, where its id is known, give the command that has it.
@@ -109,9 +112,9 @@ class CommandTable:
             raise RequestError(f"id {request.id} has run; its result is no longer kept", 410)
         command = self._new_command(request)
         task = command.start(self._env)
-        self._commands[command.id] = command
+        self._commands[command.id] = self._running[command.id] = command
         self._tasks.add(task)
-        task.add_done_callback(self._on_command_end)
+        task.add_done_callback(lambda ended: self._on_command_end(command, ended))
         self._publish(command.events[0])
         return command
 
@@ -131,8 +134,8 @@ class CommandTable:
             commands = [command for command in commands if command.id == query.command_id]
         events = [event for command in commands for event in command.events if query.admits(event)]
         events.sort(key=lambda event: event.sequence, reverse=query.is_descending)
-        if query.page_id is not None:
-            events = list(itertools.dropwhile(_is_before(int(query.page_id), query.is_descending), events))
+        if query.page is not None:
+            events = list(itertools.dropwhile(_is_before(query.page, query.is_descending), events))
         rest = events[query.limit :]
         return {
             "items": [event.as_json() for event in events[: query.limit]],
@@ -149,10 +152,11 @@ class CommandTable:
 
     def clear(self) -> int:
         """Forget all ended commands; returns how many events that were."""
-        ended = [command for command in self._commands.values() if not command.is_running]
-        for command in ended:
-            self._forget(command)
-        return sum(len(command.events) for command in ended)
+        ended = list(self._ended_bytes)
+        count = sum(len(self._commands[command_id].events) for command_id in ended)
+        for command_id in ended:
+            self._forget(command_id)
+        return count
 
     def subscribe(self) -> Subscriber:
         """A new subscriber for all events from now on."""
@@ -187,27 +191,23 @@ class CommandTable:
             if subscriber.dropped.is_set():
                 self._subscribers.discard(subscriber)
 
-    def _on_command_end(self, task: "asyncio.Task[None]") -> None:
+    def _on_command_end(self, command: Command, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         self._last_activity_s = time.monotonic()
+        del self._running[command.id]
+        self._ended_bytes[command.id] = sum(log.head_size for log in command.logs.values())
+        self._kept_bytes += self._ended_bytes[command.id]
+        while len(self._ended_bytes) > _KEPT_COMMANDS or (
+            self._kept_bytes > _KEPT_BYTES and len(self._ended_bytes) > 1
+        ):
+            self._forget(next(iter(self._ended_bytes)))
         if not task.cancelled():
             task.result()  # an error here is ours: let the loop report it
-        self._evict()
 
-    def _evict(self) -> None:
-        ended = [command for command in self._commands.values() if not command.is_running]
-        size = sum(log.head_size for command in ended for log in command.logs.values())
-        excess = len(ended) - _KEPT_COMMANDS
-        for position, command in enumerate(ended[:-1]):
-            if position >= excess and size <= _KEPT_BYTES:
-                break
-            size -= sum(log.head_size for log in command.logs.values())
-            self._forget(command)
-
-    def _forget(self, command: Command) -> None:
-        del self._commands[command.id]
-        command.discard()
-        self._forgotten[command.id] = None
+    def _forget(self, command_id: str) -> None:
+        self._kept_bytes -= self._ended_bytes.pop(command_id)
+        self._commands.pop(command_id).discard()
+        self._forgotten[command_id] = None
         while len(self._forgotten) > _KEPT_IDS:
             self._forgotten.popitem(last=False)
 

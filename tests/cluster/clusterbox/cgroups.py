@@ -93,7 +93,7 @@ def remove_cgroups(state: State, node: str | None = None) -> None:
         for directory, _, _ in os.walk(top / node if node else top, topdown=False):
             for attempt in range(50):
                 try:
-                    os.rmdir(directory)
+                    Path(directory).rmdir()
                     break
                 except OSError:
                     if attempt == 49:

@@ -28,12 +28,11 @@ def check_file_system(state: State) -> None:
             best = (len(point), fields)
     fields = best[1]
     kind, options = fields[fields.index("-") + 1], fields[5].split(",")
-    wrong = [word for word in ("nosuid", "nodev", "noexec") if word in options] + (
-        ["overlay"] if kind == "overlay" else []
-    )
+    wrong = [word for word in ("nosuid", "nodev", "noexec", "overlay") if word in [*options, kind]]
     if wrong:
         raise ClusterError(
-            f"{state.root} is on a file system that is {', '.join(wrong)}: name another directory in HPC_WORKSPACE_CLUSTER_DIR"
+            f"{state.root} is on a file system that is {', '.join(wrong)}: "
+            "name another directory in HPC_WORKSPACE_CLUSTER_DIR"
         )
 
 
@@ -50,10 +49,8 @@ def up(state: State, *, accounting: bool) -> None:
     running = {name: found for name in NODES if (found := find_node(state, name)) is not None}
     if running:
         tree = next(iter(running.values())).tree
-        if accounting != slurm.has_accounting(state):
-            raise ClusterError(
-                "the cluster runs, but " + ("without" if accounting else "with") + " accounting: `down` first"
-            )
+        if accounting and not slurm.has_accounting(state):
+            raise ClusterError("the cluster runs without accounting: `down` first")
     elif not (state.run / "up").exists():
         node.make_keys(state)
         node.make_homes(state, tree)
@@ -85,6 +82,8 @@ def start_node(state: State, name: str, tree: Path) -> None:
         daemons.start_daemon(running, daemon)
         if daemon == "mariadbd":
             slurm.prepare_database(running)
+        elif daemon == "slurmdbd":
+            slurm.register_cluster(running)
 
 
 def down(state: State) -> None:
@@ -121,15 +120,13 @@ def status(state: State, *, as_json: bool) -> None:
     nodes = {}
     for name in NODES:
         found = find_node(state, name)
+        wanted = daemons.daemons_of(name, accounting=accounting)
         nodes[name] = {
             "address": net.ADDRESSES[name],
             "power": found is not None,
             "link": net.link_state(state, name),
             "pid": found.pid if found else None,
-            "daemons": {
-                d: found is not None and daemons.is_running(found, d)
-                for d in daemons.daemons_of(name, accounting=accounting)
-            },
+            "daemons": {daemon: found is not None and daemons.is_running(found, daemon) for daemon in wanted},
         }
     images = sorted(path.name for path in (state.shared / "images").glob("*.sif"))
     facts = {
@@ -148,9 +145,8 @@ def status(state: State, *, as_json: bool) -> None:
     print(f"{'up' if facts['up'] else 'not up'}  {state.root}  accounting: {'on' if accounting else 'off'}")
     for name, node in nodes.items():
         parts = " ".join(daemon if is_up else f"({daemon} stopped)" for daemon, is_up in node["daemons"].items())  # type: ignore[attr-defined]
-        print(
-            f"{name:6} {node['address']:12} power {'on' if node['power'] else 'off':3}  link {node['link']:6}  {parts}"
-        )
+        power = "on" if node["power"] else "off"
+        print(f"{name:6} {node['address']:12} power {power:3}  link {node['link']:6}  {parts}")
     print(f"images: {' '.join(images) or 'none'}")
 
 
@@ -168,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--user", default="root")
     sub.add_argument("--cwd", help="default: the user's home")
     sub.add_argument("--env", action="append", default=[], metavar="K=V")
-    sub.add_argument("cmd", nargs="+", metavar="CMD")
+    sub.set_defaults(cmd=[])  # what follows the first `--`; argparse would lose a second one
     for name, text in (
         ("power-cut", "end the node at once, cable first"),
         ("power-on", "start it again, on its old disk"),
@@ -191,6 +187,8 @@ def parser() -> argparse.ArgumentParser:
 
 def exec_in_node(state: State, arguments: argparse.Namespace) -> int:
     """Run the command of `cluster exec`; its exit status."""
+    if not arguments.cmd:
+        raise ClusterError("exec wants a command: exec NODE [options] -- CMD...")
     env: dict[str, str] = {}
     for pair in arguments.env:
         key, sign, value = pair.partition("=")
@@ -244,7 +242,11 @@ def dispatch(state: State, arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """Run the command line; 2 for wrong usage, 1 for a failure with one message on stderr."""
-    arguments = parser().parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    arguments = parser().parse_args(words[:end])
+    if end < len(words) and arguments.command == "exec":
+        arguments.cmd = words[end + 1 :]
     try:
         return dispatch(State.from_environment(), arguments)
     except ClusterError as error:

@@ -38,7 +38,7 @@ class Node:
 
 
 def start_time(pid: int) -> str | None:
-    """When the process began, in clock ticks since boot, or None if there is none. Source: proc_pid_stat(5), field 22."""
+    """When the process began, in clock ticks since boot, or None. Source: proc_pid_stat(5), field 22."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -73,7 +73,7 @@ def slurm_conf(*, cgroups: bool, accounting: bool) -> str:
     if accounting:
         lines += ["AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageHost=login"]
     lines += [
-        f"NodeName={nodes} CPUs={CPUS} Sockets=1 CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory={MEMORY_MB} State=UNKNOWN",
+        f"NodeName={nodes} CPUs={CPUS} Sockets=1 CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory={MEMORY_MB}",
         f"PartitionName=cpu Nodes={nodes} Default=YES DefaultTime=01:00:00 MaxTime=1-00:00:00 State=UP",
         f"PartitionName=debug Nodes={nodes} DefaultTime=00:10:00 MaxTime=00:30:00 State=UP",
     ]

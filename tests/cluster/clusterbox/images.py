@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .base import ClusterError, State, digest, remove_tree, say
+from .base import ClusterError, State, digest, remove_tree, run, say
 from .enter import Node, node_run, require_node
+from .files import REGISTRY_PORT
 from .rootfs import build_debian, pip_env, require_node_tree, run_in_tree
 
 RECIPE = "1"  # raise it when the code below changes what an image holds
@@ -65,14 +66,17 @@ def _make_image(state: State, name: str, image: Image) -> None:
     recipe = (name, RECIPE, *image.packages, *image.entrypoint, *image.environment, *image.pip)
     cached = state.cache / "images" / f"{name}-{digest(*recipe)}.sif"
     cached.parent.mkdir(parents=True, exist_ok=True)
-    if not cached.exists():
+    layout = cached.with_suffix(".oci")
+    if not cached.exists() or not layout.exists():
         say(f"making the image {name} (log: cache/images/{name}.log)")
         _build(state, name, image, cached)
+    _push(state, name, layout)
     published = state.shared / "images" / f"{name}.sif"
     published.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    if not published.exists() or published.stat().st_size != cached.stat().st_size:
+    # The name says the recipe, the time says the build: shutil.copy2 keeps it.
+    if not published.exists() or published.stat().st_mtime_ns != cached.stat().st_mtime_ns:
         aside = published.with_suffix(".part")
-        shutil.copy(cached, aside)
+        shutil.copy2(cached, aside)
         aside.chmod(0o644)
         aside.rename(published)
 
@@ -92,8 +96,22 @@ def _build(state: State, name: str, image: Image, target: Path) -> None:
     work.mkdir(mode=0o700, parents=True)
     shutil.move(tree, work / "tree")
     _to_sif(require_node(state, "login"), name, image, log)
+    remove_tree(target.with_suffix(".oci"))
+    shutil.move(work / "oci", target.with_suffix(".oci"))
     os.replace(work / "image.sif", target)
     remove_tree(work)
+
+
+def _push(state: State, name: str, layout: Path) -> None:
+    """Push to the cluster's registry what it does not have yet. Source: skopeo-copy(1)."""
+    marker = state.registry / f"{name}.pushed"
+    if marker.exists() and marker.read_text() == layout.name:
+        return
+    login = require_node(state, "login")
+    # /srv/images is the cache's directory of images, see node.power_on.
+    source, target = f"oci:/srv/images/{layout.name}:latest", f"docker://login:{REGISTRY_PORT}/{name}:latest"
+    node_run(login, ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", source, target])
+    marker.write_text(layout.name)
 
 
 def _busybox_tree(node_tree: Path, tree: Path) -> None:
@@ -102,14 +120,15 @@ def _busybox_tree(node_tree: Path, tree: Path) -> None:
     for folder in ("etc", "tmp", "proc", "sys", "dev", "root", "var/tmp"):
         (tree / folder).mkdir(parents=True)
     shutil.copy(node_tree / "usr/bin/busybox", tree / "bin/busybox")
-    for applet in ("sh", "ls", "cat", "echo", "id", "true", "sleep", "hostname", "env", "mkdir", "rm", "ps", "kill"):
-        (tree / "bin" / applet).symlink_to("busybox")
+    for applet in run([tree / "bin/busybox", "--list"]).stdout.split():
+        if applet != "busybox":
+            (tree / "bin" / applet).symlink_to("busybox")
     (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
     (tree / "etc/group").write_text("root:x:0:\n")
 
 
 def _to_sif(login: Node, name: str, image: Image, log: Path) -> None:
-    """Tree -> OCI image -> registry, and -> SIF, with the nodes' own tools. Source: umoci(1), skopeo-copy(1)."""
+    """Tree -> OCI image -> SIF, with the nodes' own tools. Source: umoci(1), apptainer-build(1)."""
     work = f"/shared/.{name}.build"
     oci = f"{work}/oci:latest"
     settings = [f"--config.entrypoint={word}" for word in image.entrypoint]
@@ -119,11 +138,7 @@ def _to_sif(login: Node, name: str, image: Image, log: Path) -> None:
         ["umoci", "new", "--image", oci],
         ["umoci", "insert", "--image", oci, f"{work}/tree", "/"],
         ["umoci", "config", "--image", oci, *settings],
-        ["skopeo", "copy", "--dest-tls-verify=false", f"oci:{oci}", f"docker://login:5000/{name}:latest"],
         ["apptainer", "build", "--force", f"{work}/image.sif", f"oci:{work}/oci"],
     ):
-        node_run(
-            login,
-            ["env", f"APPTAINER_TMPDIR={work}", f"APPTAINER_CACHEDIR={work}/cache", "TMPDIR=" + work, *argv],
-            log=log,
-        )
+        scratch = [f"APPTAINER_TMPDIR={work}", f"APPTAINER_CACHEDIR={work}/cache", f"TMPDIR={work}"]
+        node_run(login, ["env", *scratch, *argv], log=log)

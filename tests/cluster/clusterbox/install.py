@@ -60,12 +60,16 @@ def _requirements(wheel: Path) -> list[str]:
 
 
 def _download(state: State, wheel: Path, extras: list[str], wheels: Path, log: Path) -> None:
-    """All wheels that the nodes' Python needs, fetched in a chroot of their tree: there, pip chooses what fits."""
+    """All wheels that the nodes' Python needs, made in a chroot of their tree: there, pip chooses what fits.
+
+    Not `pip download --python-version`: it evaluates the markers for the host's Python, and it refuses the few pure
+    Python packages that exist as source only.
+    """
     say("downloading the wheels for the nodes")
     wheels.mkdir(parents=True, exist_ok=True)
     shutil.copy(wheel, wheels / wheel.name)
     name = f"/mnt/{wheel.name}" + (f"[{','.join(extras)}]" if extras else "")
-    argv = ["python3", "-m", "pip", "download", "--only-binary=:all:", "--dest=/mnt", "--find-links=/mnt", name]
+    argv = ["python3", "-m", "pip", "wheel", "--wheel-dir=/mnt", "--find-links=/mnt", name]
     run_in_tree(require_node_tree(state), argv, log=log, env=pip_env(), binds={wheels: "/mnt"})
     (wheels / wheel.name).unlink()
     (wheels / "complete").touch()

@@ -41,17 +41,17 @@ def put(tree: Path, upper: Path, path: str, content: str | bytes, *, mode: int =
             if below.exists():
                 like = below.stat()
                 os.chown(directory, like.st_uid, like.st_gid)
-                os.chmod(directory, like.st_mode & 0o7777)
+                directory.chmod(like.st_mode & 0o7777)
     target = upper / path.lstrip("/")
     target.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.chmod(target, mode)
+    target.chmod(mode)
     os.chown(target, *account_ids(tree, owner))
 
 
 def make_keys(state: State) -> None:
     """Make what is missing of the munge key, the nodes' host keys and the users' keys."""
     state.keys.mkdir(parents=True, exist_ok=True)
-    os.chmod(state.keys, 0o700)
+    state.keys.chmod(0o700)
     if not (state.keys / "munge.key").exists():
         (state.keys / "munge.key").write_bytes(os.urandom(1024))
     for name, comment in [(f"host-{node}", node) for node in NODES] + [(f"user-{user}", user) for user in USERS]:
@@ -63,10 +63,10 @@ def make_homes(state: State, tree: Path) -> None:
     """Make the shared directories, and each user's home with a key that opens its own account on all nodes."""
     for directory, mode in ((state.home, 0o755), (state.shared, 0o755), (state.shared / "images", 0o755)):
         directory.mkdir(parents=True, exist_ok=True)
-        os.chmod(directory, mode)
+        directory.chmod(mode)
     scratch = state.shared / "scratch"
     scratch.mkdir(exist_ok=True)
-    os.chmod(scratch, 0o1777)
+    scratch.chmod(0o1777)
     for user, uid in USERS.items():
         home = state.home / user
         if not home.exists():
@@ -83,7 +83,7 @@ def make_homes(state: State, tree: Path) -> None:
             path = home / ".ssh" / name
             if not path.exists():
                 path.write_bytes(content)
-                os.chmod(path, mode)
+                path.chmod(mode)
         if home.stat().st_uid != uid:
             run(["chown", "-R", f"{uid}:{uid}", home])
 
@@ -94,7 +94,7 @@ def make_disk(state: State, name: str, tree: Path) -> None:
     remove_tree(directory)
     for part in ("upper", "work", "root", "tmp"):
         (directory / part).mkdir(parents=True)
-    os.chmod(directory / "tmp", 0o1777)
+    (directory / "tmp").chmod(0o1777)
     upper = directory / "upper"
     public = {node: (state.keys / f"host-{node}.pub").read_text() for node in NODES}
     put(tree, upper, "/etc/hostname", f"{name}\n")
@@ -124,7 +124,8 @@ def power_on(state: State, name: str, tree: Path) -> Node:
     directory = state.nodes / name
     make_node_cgroups(state, name)
     plug(state, name)
-    binds = [directory / "tmp", "/tmp", state.home, "/home", state.shared, "/shared", state.etc / "slurm", "/etc/slurm"]
+    binds = [directory / "tmp", "/tmp", state.home, "/home", state.shared, "/shared"]
+    binds += [state.etc / "slurm", "/etc/slurm"]
     if name == "login":
         for path in (state.registry, state.cache / "images"):
             path.mkdir(parents=True, exist_ok=True)

@@ -5,25 +5,28 @@ A tree is named by a hash of what makes it, built as `….part` and renamed when
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from .base import ClusterError, State, digest, remove_tree, run, say, wait_until  # noqa: F401
+from .base import ClusterError, State, digest, remove_tree, run, say
 from .host import KEYRING, apt_mirrors, apt_options, ca_bundle, pip_settings, proxy_env
 
 SUITE = "trixie"
 RECIPE = "1"  # raise it when the code below changes what a tree holds
 
+IN_TREE_SCRIPT = Path(__file__).with_name("in_tree.sh")
+
 USERS = {"tester": 2001, "stranger": 2002}
 
-NODE_PACKAGES = (
-    # Slurm and what it needs; slurmdbd and MariaDB only run with `up --accounting`
-    "slurm-wlm slurm-client libpam-slurm-adopt munge slurmdbd mariadb-server "
-    "openssh-server openssh-client "
-    "apptainer squashfs-tools squashfuse fuse-overlayfs gocryptfs fuse2fs fuse3 e2fsprogs uidmap "
-    "python3 python3-venv python3-pip docker-registry skopeo umoci busybox-static "
-    "ca-certificates curl git rsync iproute2 iputils-ping procps psmisc lsof tini jq tmux strace less xz-utils netcat-openbsd"
-).split()
+# slurmdbd and MariaDB only run with `up --accounting`.
+# fmt: off
+NODE_PACKAGES = [
+    "slurm-wlm", "slurm-client", "libpam-slurm-adopt", "munge", "slurmdbd", "mariadb-server", "openssh-server",
+    "openssh-client", "apptainer", "squashfs-tools", "squashfuse", "fuse-overlayfs", "gocryptfs", "fuse2fs",
+    "fuse3", "e2fsprogs", "uidmap", "python3", "python3-venv", "python3-pip", "docker-registry", "skopeo",
+    "umoci", "busybox-static", "ca-certificates", "curl", "git", "rsync", "iproute2", "iputils-ping", "procps",
+    "psmisc", "lsof", "tini", "jq", "tmux", "strace", "less", "xz-utils", "netcat-openbsd",
+]
+# fmt: on
 
 # Apptainer is in sid only; nothing else may come from there. Source: apt_preferences(5).
 PIN = "Package: *\nPin: release n=sid\nPin-Priority: 50\n\nPackage: apptainer\nPin: release n=sid\nPin-Priority: 990\n"
@@ -57,14 +60,13 @@ def build_debian(
     argv += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "doc", "locale", "info")]
     argv += [f"--aptopt={line.rstrip(';')}" for line in apt_options()]
     argv += [*hooks, SUITE, target, *sources]
-    done = run(argv, env={**proxy_env(), "TMPDIR": "/var/tmp"}, log=log, check=accept_stale_sid or not with_sid)
+    env = {**proxy_env(), "TMPDIR": str(target.parent)}
+    done = run(argv, env=env, log=log, check=accept_stale_sid or not with_sid)
     if done.returncode != 0:
         tail = log.read_text(errors="replace").splitlines()[-20:]
         if not any("/sid/InRelease is expired" in line for line in tail):
             raise ClusterError("mmdebstrap failed:\n" + "\n".join(tail))
-        say(
-            "the mirror's copy of sid is past its date: taking Apptainer from it without that check (signatures stay checked)"
-        )
+        say("the mirror's sid is past its date: Apptainer is taken from it without that check (signatures are checked)")
         remove_tree(target)
         build_debian(target, packages, variant=variant, with_sid=True, log=log, accept_stale_sid=True)
         return
@@ -110,7 +112,7 @@ def require_node_tree(state: State) -> Path:
         path.unlink(missing_ok=True)
         path.touch()
     (part / "shared").mkdir(exist_ok=True)
-    os.rename(part, tree)
+    part.rename(tree)
     return tree
 
 
@@ -129,17 +131,6 @@ def run_in_tree(
         env: variables on top of a clean environment.
         binds: host directory -> absolute path in the tree, made if missing.
     """
-    lines = ["set -eu", "t=$1; shift", 'mount -t tmpfs -o mode=1777 tmpfs "$t/tmp"', 'mount -t proc proc "$t/proc"']
-    lines += [
-        'mount --rbind /dev "$t/dev"',
-        '[ ! -s /etc/resolv.conf ] || mount --bind /etc/resolv.conf "$t/etc/resolv.conf"',
-    ]
-    lines += ['[ ! -s /etc/hosts ] || mount --bind /etc/hosts "$t/etc/hosts"']
-    lines += [
-        'cp -- "$1" "$t/tmp/ca.pem"; shift',
-        'while [ "$1" != -- ]; do mount --bind "$1" "$t$2"; shift 2; done; shift',
-    ]
-    lines += ['exec chroot "$t" "$@"']
     pairs: list[str] = []
     for source, inside in (binds or {}).items():
         (tree / inside.lstrip("/")).mkdir(parents=True, exist_ok=True)
@@ -147,10 +138,9 @@ def run_in_tree(
     for name in ("resolv.conf", "hosts"):
         (tree / "etc" / name).touch()
     certificates = str(ca_bundle() or "/dev/null")
-    script = "\n".join(lines)
+    argv_out = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", str(IN_TREE_SCRIPT), str(tree)]
     run(
-        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, "sh", str(tree), certificates]
-        + [*pairs, "--", *argv],
+        [*argv_out, certificates, *pairs, "--", *argv],
         env={**proxy_env(), **(env or {})},
         log=log,
     )
@@ -158,12 +148,8 @@ def run_in_tree(
 
 def pip_env() -> dict[str, str]:
     """Variables with which pip in a tree (see `run_in_tree`) reaches the index that the host uses."""
-    env = {
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "PIP_NO_CACHE_DIR": "1",
-        "PIP_ROOT_USER_ACTION": "ignore",
-        **pip_settings(),
-    }
+    env = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_CACHE_DIR": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+    env |= pip_settings()
     if ca_bundle() is not None:
         env["PIP_CERT"] = "/tmp/ca.pem"
     return env
