@@ -32,6 +32,7 @@ from hpc_workspace.errors import (
 )
 from hpc_workspace.exchange import Wish, make_token
 from hpc_workspace.launch.launched import Launched
+from hpc_workspace.logs import LogFollower
 from hpc_workspace.options import SlurmOptions, WorkspaceOptions
 from hpc_workspace.record import Record, Spec
 from hpc_workspace.rendezvous import WorkspaceDirectory
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from hpc_workspace.client import AgentServerClient
 
 log = logging.getLogger(__name__)
+server_log = logging.getLogger("hpc_workspace.server_log")
 
 _LOCAL_LOOK_S = (0.02, 0.05)
 _SLURM_LOOK_S = (0.05, 0.5)
@@ -72,6 +74,7 @@ class Workspace:
         self._lease: DoorStream | None = None
         self._client: AgentServerClient | None = None
         self._listener: Listener | None = None
+        self._follower: LogFollower | None = None
         self._lock = threading.RLock()
         self.phases_s: dict[str, float] = {}
 
@@ -351,10 +354,10 @@ class Workspace:
         return True
 
     def _disconnect(self) -> None:
-        for part in (self._listener, self._client, self._lease, self._route):
+        for part in (self._follower, self._listener, self._client, self._lease, self._route):
             if part is not None:
                 part.close()
-        self._listener = self._client = self._lease = self._route = None
+        self._follower = self._listener = self._client = self._lease = self._route = None
 
     def _connect_to_server(self) -> None:
         """Take the lease by the first route that works, and make the client."""
@@ -439,6 +442,8 @@ class ApptainerWorkspace(Workspace):
                 self._record = self._wait_ready(spec, in_slurm=slurm is not None)
                 self._connect_to_server()
                 self._make_working_dir()
+                if self.options.detach_logs and server_log.isEnabledFor(logging.INFO):
+                    self._follower = LogFollower(self._directory.server_log, server_log, self._directory.workspace_id)
             except BaseException:
                 self._undo_start()
                 raise
