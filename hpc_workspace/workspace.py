@@ -520,7 +520,7 @@ class ApptainerWorkspace(Workspace):
         assert launched is not None
         began = clock.Deadline(None)
         queue = clock.Deadline(self.options.queue_timeout)
-        said = ""
+        said = launched.describe()
         for pause_s in clock.pauses_s(*(_SLURM_LOOK_S if in_slurm else _LOCAL_LOOK_S)):
             if (record := _ready_record(directory, spec)) is not None:
                 self.phases_s["wait"] = began.elapsed_s

@@ -24,7 +24,8 @@ def test_lines_written_before_and_after_the_start_are_passed_on(
 
 
 def test_a_workspace_follows_its_log_only_where_somebody_listens(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "hpc_workspace.server_log"), ApptainerWorkspace(runtime="process") as workspace:
-        with (state_dir() / "workspaces" / workspace.id / "server.log").open("a") as file:
-            file.write("said by the server\n")
+    caplog.set_level(logging.INFO, "hpc_workspace.server_log")
+    with ApptainerWorkspace(runtime="process") as workspace:
+        log = state_dir() / "workspaces" / workspace.id / "server.log"
+        log.write_text("said by the server\n")
     assert f"{workspace.id}: said by the server" in caplog.messages
