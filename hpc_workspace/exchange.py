@@ -1,4 +1,4 @@
-"""The door's opening exchange, as pure functions over bytes: no socket, no clock.
+"""The door's opening exchange, as functions over bytes: no socket, no clock.
 
 Client and door prove to each other that they know the workspace's token, which itself never travels, and the client
 says what it wants. One round trip, then bytes:
@@ -21,7 +21,7 @@ import json
 import secrets
 import struct
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -69,6 +69,27 @@ def make_nonce() -> bytes:
 def make_token() -> str:
     """A new session key: 32 random bytes, URL-safe."""
     return secrets.token_urlsafe(32)
+
+
+class Source(Protocol):
+    """Anything that bytes come from; none means the end."""
+
+    def recv(self, size: int, /) -> bytes: ...
+
+
+def receive_exactly(source: Source, count: int) -> bytes:
+    """`count` bytes from `source`.
+
+    Raises:
+        OSError: it broke, or ended before.
+    """
+    data = b""
+    while len(data) < count:
+        piece = source.recv(count - len(data))
+        if not piece:
+            raise ConnectionResetError("the connection ended in the middle of the exchange")
+        data += piece
+    return data
 
 
 def build_hello(nonce: bytes) -> bytes:

@@ -71,21 +71,6 @@ class Route(Protocol):
     def close(self) -> None: ...
 
 
-def receive_exactly(stream: Stream, count: int) -> bytes:
-    """`count` bytes from `stream`.
-
-    Raises:
-        OSError: it broke or ended before.
-    """
-    data = b""
-    while len(data) < count:
-        piece = stream.recv(count - len(data))
-        if not piece:
-            raise ConnectionResetError("the connection ended")
-        data += piece
-    return data
-
-
 class DoorStream:
     """A stream through the door, proven on both sides. The verdict is read with the first bytes, not waited for."""
 
@@ -104,8 +89,10 @@ class DoorStream:
         if self._granted:
             return
         try:
-            verdict, length = exchange.parse_verdict_head(receive_exactly(self._stream, exchange.VERDICT_HEAD_BYTES))
-            text = receive_exactly(self._stream, length).decode("utf-8", "replace")
+            verdict, length = exchange.parse_verdict_head(
+                exchange.receive_exactly(self._stream, exchange.VERDICT_HEAD_BYTES)
+            )
+            text = exchange.receive_exactly(self._stream, length).decode("utf-8", "replace")
         except ExchangeError as error:
             raise TunnelLostError(
                 f"The door on {self._node} is out of step.", node=self._node, evidence=str(error)
@@ -145,7 +132,7 @@ def open_door(route: Route, node: str, token: str, workspace_id: str, wish: Wish
         stream.settimeout(EXCHANGE_TIMEOUT_S)
         client_nonce = exchange.make_nonce()
         stream.sendall(exchange.build_hello(client_nonce))
-        answer = receive_exactly(stream, exchange.ANSWER_BYTES)
+        answer = exchange.receive_exactly(stream, exchange.ANSWER_BYTES)
         door_nonce = exchange.parse_answer(answer, token, workspace_id, client_nonce)
         stream.sendall(exchange.build_request(token, workspace_id, client_nonce, door_nonce, wish))
         stream.settimeout(None)

@@ -129,11 +129,11 @@ class Door:
         connection.settimeout(_EXCHANGE_TIMEOUT_S)
         if connection.family == socket.AF_INET:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client_nonce = exchange.parse_hello(receive_exactly(connection, exchange.HELLO_BYTES))
+        client_nonce = exchange.parse_hello(exchange.receive_exactly(connection, exchange.HELLO_BYTES))
         door_nonce = exchange.make_nonce()
         connection.sendall(exchange.build_answer(self._token, self._workspace_id, client_nonce, door_nonce))
-        head = receive_exactly(connection, exchange.REQUEST_HEAD_BYTES)
-        said = receive_exactly(connection, exchange.parse_request_head(head))
+        head = exchange.receive_exactly(connection, exchange.REQUEST_HEAD_BYTES)
+        said = exchange.receive_exactly(connection, exchange.parse_request_head(head))
         wish = exchange.parse_request(head, said, self._token, self._workspace_id, client_nonce, door_nonce)
         connection.settimeout(None)
         return wish
@@ -191,21 +191,6 @@ class Door:
             with self._lock:
                 self._relays -= 1
                 self._last_active_s = clock.now_s()
-
-
-def receive_exactly(connection: socket.socket, count: int) -> bytes:
-    """`count` bytes.
-
-    Raises:
-        OSError: the connection ended before.
-    """
-    data = b""
-    while len(data) < count:
-        piece = connection.recv(count - len(data))
-        if not piece:
-            raise ConnectionResetError("the connection ended in the middle of the exchange")
-        data += piece
-    return data
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
