@@ -40,9 +40,23 @@ def build_exit_argv(node: str, control_dir: str) -> list[str]:
 class _PipedStream(SocketStream):
     """A socket whose other end is the stdin and stdout of `ssh -W`."""
 
-    def __init__(self, connection: socket.socket, child: processes.Child) -> None:
+    def __init__(self, connection: socket.socket, child: processes.Child, log: Path) -> None:
         super().__init__(connection)
         self._child = child
+        self._log = log
+        self._has_received = False
+
+    def recv(self, size: int) -> bytes:
+        try:
+            data = super().recv(size)
+        except ConnectionResetError:
+            data = b""
+        if not data and not self._has_received:
+            # ssh never got through: what it printed is the reason.
+            said = self._log.read_text(errors="replace").strip().splitlines()
+            raise ConnectionAbortedError(f"ssh says: {said[-1]}" if said else "ssh ended without a word")
+        self._has_received = True
+        return data
 
     def close(self) -> None:
         super().close()
@@ -69,7 +83,7 @@ class OpenSshRoute:
         with theirs, self._log.open("ab") as log:
             argv = build_forward_argv(self._record.node, self._record.port, self._control_dir.name)
             child = processes.spawn(argv, output=log, stdio=theirs.fileno())
-        return _PipedStream(ours, child)
+        return _PipedStream(ours, child, self._log)
 
     def close(self) -> None:
         # If it does not answer, ControlPersist ends it in a minute.

@@ -8,6 +8,7 @@ without them every small request waits some 43 ms for a delayed ACK.
 from __future__ import annotations
 
 import getpass
+import logging
 import socket
 import threading
 from pathlib import Path
@@ -25,6 +26,10 @@ _KEEPALIVE_S = 30
 _SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 # paramiko 5.1 ranks AES-GCM last although it is by far the quickest with AES instructions.
 _CIPHERS_FIRST = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+
+# paramiko logs as errors what it also raises, and what we then try another way: silent unless somebody asks for it.
+_LOG_CHANNEL = "hpc_workspace.connect.paramiko"
+logging.getLogger(_LOG_CHANNEL).setLevel(logging.CRITICAL)
 
 
 class _Shared:
@@ -149,6 +154,7 @@ def _connect(node: str, settings: dict[str, Any]) -> paramiko.SSHClient:
     import paramiko
 
     client = paramiko.SSHClient()
+    client.set_log_channel(_LOG_CHANNEL)
     client.load_system_host_keys()
     if _SYSTEM_KNOWN_HOSTS.is_file():
         client.load_system_host_keys(str(_SYSTEM_KNOWN_HOSTS))
@@ -202,7 +208,7 @@ def _ssh_error(node: str, settings: dict[str, Any], error: Exception) -> TunnelE
             evidence=str(error),
             remedy=f"Check it with your site, then: ssh-keyscan {settings['hostname']} >> ~/.ssh/known_hosts",
         )
-    if isinstance(error, paramiko.AuthenticationException):
+    if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
         return AuthError(
             f"SSH to {where} was refused.",
             node=node,

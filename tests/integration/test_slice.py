@@ -160,3 +160,33 @@ def test_demo_runs_with_the_agent_servers_own_image(cluster: Cluster) -> None:
     ended = cluster.run("n03", [f"{VENV}/hpc-workspace", "demo", "--sif", SERVER])
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "a container of apptainer" in ended.stdout
+
+
+def test_without_a_key_for_ssh_every_route_says_why_and_the_job_is_ended(cluster: Cluster) -> None:
+    command = " ".join([*RUN, "--image", TINY, "--", "true"])
+    script = f"mv ~/.ssh/id_ed25519 ~/.ssh/off; {command}; code=$?; mv ~/.ssh/off ~/.ssh/id_ed25519; exit $code"
+    ended = cluster.run("login", ["sh", "-c", script])
+    assert ended.returncode == 255
+    for rung in ("loopback: n0", "paramiko: SSH to tester@n0", "openssh: ", "Permission denied (publickey)"):
+        assert rung in ended.stderr
+    assert cluster.leftovers() == {}
+
+
+SERVER_KILLED = """
+import subprocess
+from hpc_workspace import ApptainerWorkspace, SlurmOptions, WorkspaceError
+w = ApptainerWorkspace(image="/shared/images/tiny.sif", slurm=SlurmOptions(partition="cpu", time="5", mem="1G")).start()
+subprocess.run(["ssh", w.node, "pkill -9 -f serve.py"])
+try:
+    w.execute_command("true")
+except WorkspaceError as error:
+    print(type(error).__name__)
+w.close()
+"""
+
+
+def test_a_killed_server_is_a_typed_error_and_leaves_nothing(cluster: Cluster) -> None:
+    ended = cluster.python("login", SERVER_KILLED)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() in ("TunnelLostError", "ServerUnavailableError", "TunnelError")
+    assert cluster.leftovers() == {}
