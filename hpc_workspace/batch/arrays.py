@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpc_workspace.errors import JobEndedError
+from hpc_workspace import clock
+from hpc_workspace.errors import JobEndedError, SchedulerUnavailableError
+from hpc_workspace.launch.slurm import SlurmLaunched
 from hpc_workspace.launch.slurm_commands import EXPORTED
 from hpc_workspace.options import SlurmOptions
+from hpc_workspace.rendezvous import WorkspaceDirectory
 
 # submitit 1.5 configures logging when it is imported unless this is set before.
 os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
@@ -32,14 +35,49 @@ def run_array(pilot: Callable[[int], int], pilots: int, folder: Path, slurm: Slu
         executor = submitit.SlurmExecutor(folder, python=slurm.python or sys.executable)
         executor.update_parameters(**_parameters(slurm, pilots))
     jobs = executor.map_array(pilot, list(range(pilots)))
+    for job in jobs:
+        _wait(job, folder, in_slurm=slurm is not None)
     try:
         return [job.result() for job in jobs]
-    except submitit.core.utils.UncompletedJobError as error:
-        raise JobEndedError(
-            "A pilot ended without a result.",
-            evidence=str(error)[-2000:],
-            remedy="Run the same call again: what has no record yet is done then.",
-        ) from error
+    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
+        raise _pilot_error(str(error)[-2000:]) from error
+
+
+def _wait(job: Any, folder: Path, *, in_slurm: bool) -> None:
+    """Wait until a pilot's result is there, or the pilot is gone.
+
+    submitit knows a job's end from sacct alone, which many sites do not have: its result file and our own view of the
+    queue are asked instead.
+    """
+    launched = SlurmLaunched(WorkspaceDirectory(folder), job.job_id, "") if in_slurm else None
+    result = Path(job.paths.result_pickle)
+    for pause_s in clock.pauses_s(0.1, 2.0):
+        # Listed, and not looked up: NFS remembers for a minute that a file was not there.
+        if result.name in os.listdir(result.parent):
+            return
+        if launched is None:
+            if job.done():
+                return
+        elif (state := _end_of(launched)) and result.name not in os.listdir(result.parent):
+            raise _pilot_error(f"Slurm job {job.job_id}: {state}. Its log: {job.paths.stderr}")
+        clock.sleep(pause_s)
+
+
+def _end_of(launched: SlurmLaunched) -> str:
+    """The word for a job's end; empty while it has not ended, or while Slurm is silent."""
+    try:
+        status = launched.status()
+    except SchedulerUnavailableError:
+        return ""
+    return status.state if status.is_final or status.state == "LOST" else ""
+
+
+def _pilot_error(evidence: str) -> JobEndedError:
+    return JobEndedError(
+        "A pilot ended without a result.",
+        evidence=evidence,
+        remedy="Run the same call again: what has no record yet is done then.",
+    )
 
 
 def _parameters(slurm: SlurmOptions, pilots: int) -> dict[str, Any]:

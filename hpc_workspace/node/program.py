@@ -21,7 +21,7 @@ from hpc_workspace.errors import ContainerError, ServerNotReadyError, WorkspaceE
 from hpc_workspace.node import server, teardown
 from hpc_workspace.node.door import DetachRequested, Door, EndRequested, LeasesChanged
 from hpc_workspace.node.identity import Family, NotOursError
-from hpc_workspace.node.scratch import Scratch, choose_base
+from hpc_workspace.node.scratch import Scratch, choose_base, remove_stale
 from hpc_workspace.processes import Child
 from hpc_workspace.record import Failure, Record, Spec, State
 from hpc_workspace.rendezvous import WorkspaceDirectory
@@ -97,7 +97,10 @@ class NodeProgram:
 
     def _start(self) -> None:
         self.directory.touch_heartbeat()
-        self._scratch = Scratch(choose_base(os.environ))
+        base = choose_base(os.environ)
+        for stale in remove_stale(base):
+            log.info("removed the scratch of a dead workspace: %s", stale)
+        self._scratch = Scratch(base)
         log.info("scratch: %s", self._scratch.path)
         self._plan = server.make_plan(self.spec, self._scratch, self._token, self.directory.read_environment())
         self._door = Door(

@@ -11,9 +11,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from hpc_workspace import procfs
 from hpc_workspace.errors import ContainerError
 
 _LAST_RESORT = "/tmp"  # noqa: S108 - made 0700 below
+_PREFIX = "hpcws-"
+_OWNER = "owner"
 _CANDIDATES = ("SLURM_TMPDIR", "TMPDIR")
 # unix(7): sun_path is 108 bytes; the longest name made below is 20.
 _LONGEST_SOCKET_BASE = 80
@@ -32,14 +35,42 @@ def choose_base(environment: Mapping[str, str]) -> Path:
     return max(usable, key=lambda path: shutil.disk_usage(path).free)
 
 
+def _owner_mark(process: procfs.Process) -> str:
+    """A process's name for ever: its id alone may be given to another one day."""
+    return f"{process.pid} {process.start_ticks}"
+
+
+def remove_stale(base: Path) -> list[Path]:
+    """Remove this user's scratch directories below `base` whose node program is dead; returns them.
+
+    One that says no owner is left alone: it may be in the making.
+    """
+    removed = []
+    for path in base.glob(f"{_PREFIX}*"):
+        try:
+            mark = (path / _OWNER).read_text()
+            is_ours = path.lstat().st_uid == os.getuid() and not path.is_symlink()
+        except (OSError, ValueError):
+            continue
+        pid = mark.partition(" ")[0]
+        owner = procfs.read_process(int(pid)) if pid.isdigit() else None
+        if is_ours and pid.isdigit() and (owner is None or _owner_mark(owner) != mark):
+            remove_tree(path)
+            removed.append(path)
+    return removed
+
+
 class Scratch:
     """Directories of one workspace on this node. Made at once, removed by `remove`."""
 
     def __init__(self, base: Path) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="hpcws-", dir=base))
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         self.sockets = self.path
         if len(os.fsencode(self.path)) > _LONGEST_SOCKET_BASE:
-            self.sockets = Path(tempfile.mkdtemp(prefix="hpcws-", dir="/tmp"))
+            self.sockets = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_LAST_RESORT))
+        own = procfs.read_process(os.getpid())
+        for path in {self.path, self.sockets}:
+            (path / _OWNER).write_text(_owner_mark(own) if own else "")
         self.run = self._made(self.sockets, "run")
         self.private = self._made(self.path, "private")
         self.workspace = self._made(self.path, "workspace")

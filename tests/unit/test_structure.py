@@ -17,6 +17,7 @@ ADAPTERS = {
     "httpcore": {"client.py"},
     "filelock": {"locks.py"},
     "jinja2": {"launch/slurm.py"},
+    "submitit": {"batch/arrays.py"},
 }
 
 
