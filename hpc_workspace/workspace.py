@@ -111,7 +111,10 @@ class Workspace:
 
     @staticmethod
     def list() -> list[Record]:
-        """The records of this user's workspaces that have published one and have not ended."""
+        """The records of this user's workspaces that have published one and have not said that they ended.
+
+        One whose node program was killed is among them; `attach` tells it by its stale heartbeat.
+        """
         found = []
         for directory in rendezvous.list_workspaces():
             with contextlib.suppress(RendezvousError, OSError):
