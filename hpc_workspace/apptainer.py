@@ -1,6 +1,6 @@
-"""Apptainer's command line, as pure functions: build an argv, build an environment, read a version.
+"""Apptainer's command line, as pure functions: build an argv, build an environment.
 
-Starts nothing but `--version`. Singularity takes the same options under its own names of variables.
+Starts nothing. Singularity takes the same options under its own names of variables.
 
 Source: apptainer(1), apptainer-run(1) and apptainer-exec(1) of Apptainer 1.4.5.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpc_workspace.errors import ImageError, PrerequisiteError
-from hpc_workspace.processes import ProgramTimeoutError, find_program, run
+from hpc_workspace.processes import find_program
 
 Runtime = Literal["apptainer", "singularity"]
 
@@ -139,14 +139,6 @@ def choose_runtime(wanted: str) -> Runtime:
 
 def _as_runtime(name: str) -> Runtime:
     return "singularity" if name == "singularity" else "apptainer"
-
-
-def read_version(runtime: Runtime) -> str:
-    """What `apptainer --version` says, such as `apptainer version 1.4.5`; empty if it says nothing in 10 s."""
-    try:
-        return run([runtime, "--version"], timeout_s=10).stdout.strip()
-    except ProgramTimeoutError:
-        return ""
 
 
 def require_image(path: str) -> None:

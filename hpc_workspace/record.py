@@ -19,16 +19,6 @@ State = Literal["starting", "ready", "ended", "failed"]
 FINAL_STATES: frozenset[State] = frozenset({"ended", "failed"})
 
 
-class Bind(BaseModel):
-    """One bind mount: a path of the node, where it appears inside, and whether it can be written."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    source: Text
-    target: Text
-    read_only: bool = False
-
-
 class Spec(BaseModel):
     """What the node program is asked to run.
 
@@ -110,11 +100,6 @@ class Record(BaseModel):
     phases_s: dict[str, float] = Field(default_factory=dict)
     exit_reason: str | None = None
     failure: Failure | None = None
-
-    @property
-    def fence(self) -> tuple[str, str, int]:
-        """What tells this life from every other: a record with a smaller one is never used."""
-        return (self.launch_id, self.job_id or "", self.restart_count)
 
     @property
     def is_final(self) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_workspace import clock, errors, images, processes, rendezvous
 from hpc_workspace.connect.ladder import climb
 from hpc_workspace.connect.listener import Listener
-from hpc_workspace.connect.streams import DoorStream, Route, Stream, open_door
+from hpc_workspace.connect.streams import DoorStream, Route, open_door
 from hpc_workspace.errors import (
     ContainerError,
     QueueTimeoutError,
@@ -653,4 +653,4 @@ def _close_all() -> None:
             log.error("%s", error)
 
 
-__all__ = ["ApptainerWorkspace", "Workspace", "Stream"]
+__all__ = ["ApptainerWorkspace", "Workspace"]
