@@ -112,6 +112,30 @@ def power_on(state: State, name: str) -> None:
         slurm.wait_ready(login, [name], since=since)
 
 
+def set_proctrack(state: State, kind: str) -> None:
+    """Make Slurm track processes with `kind`: only its own daemons start anew, and the controller calls all nodes usable.
+
+    Raises:
+        ClusterError: a node has no power, or the host no cgroup v1 for `cgroup`; nothing was changed.
+    """
+    from . import cgroups, daemons, net, slurm
+
+    if kind == "cgroup" and not cgroups.controllers():
+        raise ClusterError("this host does not mount cgroup v1: Slurm can only track with linuxproc")
+    nodes = {name: require_node(state, name) for name in NODES}
+    since = 0.0
+    if slurm.proctrack(state) != kind:
+        # All stop before the file changes: what runs has read it, even if we are interrupted, and what does not starts below.
+        for name, node in nodes.items():
+            daemons.stop_daemon(node, slurm.daemon_of(name))
+        slurm.write_proctrack(state, kind)
+        since = time.time()
+    for name, node in nodes.items():
+        daemons.start_daemon(node, slurm.daemon_of(name))
+    slurm.wait_ready(nodes["login"], list(net.COMPUTE), since=since)
+    say(f"proctrack: {kind}")
+
+
 def status(state: State, *, as_json: bool) -> None:
     """Print what there is and what runs."""
     from . import daemons, net, slurm
@@ -133,6 +157,7 @@ def status(state: State, *, as_json: bool) -> None:
         "state_dir": str(state.root),
         "up": all(node["power"] for node in nodes.values()),
         "accounting": accounting,
+        "proctrack": slurm.proctrack(state),
         "nodes": nodes,
         "images": images,
         "home": str(state.home),
@@ -142,7 +167,8 @@ def status(state: State, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    print(f"{'up' if facts['up'] else 'not up'}  {state.root}  accounting: {'on' if accounting else 'off'}")
+    settings = f"accounting: {'on' if accounting else 'off'}  proctrack: {facts['proctrack'] or 'none'}"
+    print(f"{'up' if facts['up'] else 'not up'}  {state.root}  {settings}")
     for name, node in nodes.items():
         parts = " ".join(daemon if is_up else f"({daemon} stopped)" for daemon, is_up in node["daemons"].items())  # type: ignore[attr-defined]
         power = "on" if node["power"] else "off"
@@ -176,6 +202,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("verb", choices=("stop", "start"))
     sub.add_argument("node", choices=NODES)
     sub.add_argument("daemon")
+    sub = commands.add_parser("proctrack", help="restart Slurm so that it tracks processes with cgroups or without")
+    sub.add_argument("kind", choices=("linuxproc", "cgroup"))
     sub = commands.add_parser("install", help="put a built wheel and its dependencies into /shared/venv")
     sub.add_argument("wheel_dir", nargs="?", type=Path, help="a directory with one wheel of hpc-workspace")
     sub.add_argument("--wheel", type=Path, help="the wheel itself")
@@ -233,6 +261,8 @@ def dispatch(state: State, arguments: argparse.Namespace) -> int:
         elif command in ("link-cut", "link-mend"):
             require_node(state, arguments.node)
             net.set_link(state, arguments.node, up=command == "link-mend")
+        elif command == "proctrack":
+            set_proctrack(state, arguments.kind)
         elif command == "daemon":
             daemons.require_daemon(arguments.node, arguments.daemon, accounting=slurm.has_accounting(state))
             act = daemons.stop_daemon if arguments.verb == "stop" else daemons.start_daemon

@@ -39,6 +39,29 @@ def has_accounting(state: State) -> bool:
         return False
 
 
+def daemon_of(node_name: str) -> str:
+    """The node's daemon that reads ProctrackType."""
+    return "slurmctld" if node_name == "login" else "slurmd"
+
+
+def proctrack(state: State) -> str | None:
+    """What Slurm tracks processes with, `cgroup` or `linuxproc`; None if the cluster never was up."""
+    try:
+        text = (state.etc / "slurm/slurm.conf").read_text()
+    except FileNotFoundError:
+        return None
+    found = re.search(r"^ProctrackType=proctrack/(\w+)$", text, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def write_proctrack(state: State, kind: str) -> None:
+    """Write slurm.conf anew with that way of tracking; the rest of it stays. A reader sees the old file or the new."""
+    path = state.etc / "slurm/slurm.conf"
+    part = path.with_name("slurm.conf.part")
+    part.write_text(files.slurm_conf(cgroups=kind == "cgroup", accounting=has_accounting(state)))
+    os.replace(part, path)
+
+
 def parse_node(text: str) -> tuple[str, float]:
     """State and start time of slurmd (0 if never) from `scontrol show node -o`. Times are UTC, as the nodes' clock."""
     found = re.search(r"\bState=(\S+)", text)
