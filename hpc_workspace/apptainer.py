@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from hpc_workspace.errors import ImageError, PrerequisiteError
 from hpc_workspace.processes import find_program
 
 Runtime = Literal["apptainer", "singularity"]
+Verb = Literal["run", "exec"]
 
 # What a container's runtime may see of the host's environment. Nothing of it reaches the container (--cleanenv).
 _HOST_VARIABLES = (
@@ -34,6 +35,8 @@ _HOST_VARIABLES = (
 
 # --compat of Apptainer 1.4 is these and --writable-tmpfs, which is left to `writable`.
 _COMPAT_FLAGS = ("--containall", "--no-init", "--no-umask", "--no-eval")
+
+_PASSPHRASE = "ENCRYPTION_PASSPHRASE"  # noqa: S105 - a variable's name; apptainer-exec(1): read where --passphrase is not given
 
 _SIF_MAGIC = b"SIF_MAGIC"
 _SIF_MAGIC_OFFSET = 32  # after the 32 bytes of the launch script; sif specification 1.0
@@ -61,13 +64,21 @@ class Container:
     no_mount: Sequence[str] = ()
     overlay: str | None = None
     writable_tmpfs: bool = False
+    encryption_pem: str | None = None
     working_dir: str | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def build_container_argv(
-    runtime: Runtime, verb: Literal["run", "exec"], c: Container, command: Sequence[str]
-) -> list[str]:
+def with_mount(container: Container, mount: Mount) -> Container:
+    """The container with one more mount."""
+    return replace(container, mounts=(*container.mounts, mount))
+
+
+def without_writes(container: Container) -> Container:
+    """The container as one that only looks at its image: nothing writable, nothing of the host mounted."""
+    return replace(container, mounts=(), binds=(), overlay=None, writable_tmpfs=False, gpu=False, working_dir="/")
+
+
+def build_container_argv(runtime: Runtime, verb: Verb, c: Container, command: Sequence[str]) -> list[str]:
     """The argv that runs `command` in `c`. No value of the environment is in it."""
     argv: list[str] = [runtime, "--quiet", verb, "--cleanenv", "--no-home"]
     if c.fakeroot:
@@ -80,7 +91,10 @@ def build_container_argv(
         argv.append("--writable-tmpfs")
     if c.gpu:
         argv.append("--nv")
-    for location in c.no_mount:
+    if c.encryption_pem is not None:
+        argv += ["--pem-path", c.encryption_pem]
+    # Without --containall Apptainer mounts the directory that it was started in: never that.
+    for location in ["cwd", *c.no_mount]:
         argv += ["--no-mount", location]
     for mount in c.mounts:
         argv += ["--mount", format_mount(mount)]
@@ -102,12 +116,15 @@ def format_mount(mount: Mount) -> str:
 
 
 def build_environment(
-    runtime: Runtime, host: Mapping[str, str], inside: Mapping[str, str], scratch: str
+    runtime: Runtime, host: Mapping[str, str], inside: Mapping[str, str], scratch: str, own: Mapping[str, str]
 ) -> dict[str, str]:
-    """The environment of the runtime's own process: little of the host's, and `inside` under its prefix.
+    """The environment of the runtime's own process: little of the host's, `own`, and `inside` under its prefix.
 
     `--env` would put the values on argv; a variable with the prefix APPTAINERENV_ reaches the container all the same
     and is readable by nobody but its owner.
+
+    Args:
+        own: variables of the runtime without its prefix, such as ENCRYPTION_PASSPHRASE.
     """
     prefix = runtime.upper()
     kept = {name: host[name] for name in _HOST_VARIABLES if name in host}
@@ -115,7 +132,16 @@ def build_environment(
     for name in ("CACHEDIR", "CONFIGDIR"):
         if f"{prefix}_{name}" in host:
             kept[f"{prefix}_{name}"] = host[f"{prefix}_{name}"]
+    kept |= {f"{prefix}_{name}": value for name, value in own.items()}
     return kept | {f"{prefix}ENV_{name}": value for name, value in inside.items()}
+
+
+def read_own_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the user's environment says to the runtime itself and must reach it on the node, without its prefix."""
+    for prefix in ("APPTAINER", "SINGULARITY"):
+        if f"{prefix}_{_PASSPHRASE}" in environment:
+            return {_PASSPHRASE: environment[f"{prefix}_{_PASSPHRASE}"]}
+    return {}
 
 
 def choose_runtime(wanted: str) -> Runtime:
@@ -168,3 +194,55 @@ def require_image(path: str) -> None:
 def build_pull_argv(runtime: Runtime, target: str, reference: str, *, arch: str, plain_http: bool) -> list[str]:
     """The argv that fetches `reference` (docker://…, oras://…) and converts it to the SIF file `target`."""
     return [runtime, "pull", "--arch", arch, *(["--no-https"] if plain_http else []), target, reference]
+
+
+def build_verify_argv(runtime: Runtime, image: str, *, key: str | None) -> list[str]:
+    """The argv that checks every signature of `image`: by the keys in the user's keyring, or by the PEM file `key`.
+
+    `--local`: no key server is asked; a compute node may have no network, and a stranger may have put a key there.
+    """
+    return [runtime, "verify", "--all", *(["--key", key] if key is not None else ["--local"]), image]
+
+
+def unverified(image: str, said: str) -> ImageError:
+    """The error of an image whose signature did not pass."""
+    return ImageError(
+        f"The signature of {image} did not pass.",
+        evidence=said,
+        remedy="Sign it (apptainer sign), import the signer's public key (apptainer key import) or name its PEM file "
+        "(verify='key.pem'); verify=False runs it unchecked.",
+    )
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a container did not start, where its runtime's log shows a known cause.
+
+    Attributes:
+        option: the option of the workspace that this machine can't grant; empty if no option is to blame.
+        said: the runtime's own line.
+        remedy: what to try.
+    """
+
+    option: str
+    said: str
+    remedy: str
+
+
+def find_cause(log: str) -> Cause | None:
+    """The first known cause in what the runtime printed; None if there is none."""
+    for line in log.splitlines():
+        for sign, option, remedy in _CAUSES:
+            if sign in line.lower():
+                said = "".join(c for c in line.strip() if c.isprintable())
+                return Cause(option, said, remedy)
+    return None
+
+
+# Source: messages of Apptainer 1.4.5, seen in its log.
+_CAUSES = (
+    ("fakeroot", "use_fakeroot", "Set use_fakeroot=False, or ask for lines in /etc/subuid and /etc/subgid."),
+    ("overlay", "writable", "Set writable='tmpfs' or 'none', or TMPDIR to a directory on this node's own disk."),
+    ("user namespace", "", "This node allows no unprivileged user namespaces: ask its administrators."),
+    ("no space left", "", "The node's disk is full: free some of it, or point TMPDIR at one with room."),
+)

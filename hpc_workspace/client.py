@@ -7,6 +7,7 @@ float time-outs, streaming, raw transfers, exact bytes) is used where `server` s
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import math
@@ -28,7 +29,9 @@ from hpc_workspace.errors import (
     ServerNotReadyError,
     ServerResponseError,
     ServerUnavailableError,
+    TunnelError,
     TunnelLostError,
+    WorkspaceError,
 )
 from hpc_workspace.results import CommandResult, FileOperationResult, GitChange, GitDiff, OutputChunk
 
@@ -36,6 +39,7 @@ from hpc_workspace.results import CommandResult, FileOperationResult, GitChange,
 _KEEPALIVE_S = {"bundled": 45.0, "image": 2.5}
 _ANSWER_TIMEOUT_S = 60.0
 _GRACE_S = 15.0
+_UNPROCESSABLE = 422
 _COPY_BYTES = 1024 * 1024
 _POLLS_S = (0.01, 0.25)
 
@@ -142,11 +146,19 @@ class AgentServerClient:
         api_key: goes out with every request, through proven doors only.
         server: which of the two kinds it is.
         working_dir: where commands start and relative paths begin.
+        explain: given the error of a broken connection, gives it back, or one that says what broke it.
     """
 
     def __init__(
-        self, dial: Callable[[], Stream], *, api_key: str, server: Literal["bundled", "image"], working_dir: str
+        self,
+        dial: Callable[[], Stream],
+        *,
+        api_key: str,
+        server: Literal["bundled", "image"],
+        working_dir: str,
+        explain: Callable[[WorkspaceError], WorkspaceError],
     ) -> None:
+        self._explain = explain
         self._is_bundled = server == "bundled"
         self._working_dir = working_dir
         self.http = httpx.Client(
@@ -172,7 +184,8 @@ class AgentServerClient:
         """Run a command to its end; see `Workspace.execute_command`."""
         body = self._command_body(command, cwd, timeout_s, env)
         began_s = clock.now_s()
-        answer = self._json("POST", "/api/bash/execute_bash_command", json=body, timeout_s=timeout_s + _GRACE_S)
+        with _command_errors(command):
+            answer = self._json("POST", "/api/bash/execute_bash_command", json=body, timeout_s=timeout_s + _GRACE_S)
         return self._as_result(command, answer, timeout_s, clock.now_s() - began_s)
 
     def stream(
@@ -187,10 +200,11 @@ class AgentServerClient:
         request = self.http.build_request(
             "POST", "/api/bash/stream", json=body, timeout=httpx.Timeout(_ANSWER_TIMEOUT_S, read=read_timeout)
         )
-        response = self._send(request, stream=True)
+        with _command_errors(command):
+            response = self._send(request, stream=True)
         try:
             ended = False
-            for line in _lines(response):
+            for line in _lines(self._guarded(response.iter_raw())):
                 event = _parse_json(line)
                 if "data_b64" in event:
                     yield OutputChunk(stream=str(event["stream"]), data=base64.b64decode(event["data_b64"]))
@@ -265,7 +279,7 @@ class AgentServerClient:
         try:
             descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with os.fdopen(descriptor, "wb") as file:
-                for piece in _guarded(response.iter_raw(_COPY_BYTES)):
+                for piece in self._guarded(response.iter_raw(_COPY_BYTES)):
                     file.write(piece)
                     size += len(piece)
                 os.fchmod(file.fileno(), int(response.headers.get("X-File-Mode", "0644"), 8) & 0o777)
@@ -349,9 +363,13 @@ class AgentServerClient:
                 f"{what}: the agent server did not answer in time.", evidence=str(error)
             ) from error
         except (httpcore.RemoteProtocolError, httpx.RemoteProtocolError) as error:
-            raise ServerUnavailableError(f"{what}: the agent server hung up.", evidence=str(error)) from error
+            hung_up = ServerUnavailableError(f"{what}: the agent server hung up.", evidence=str(error))
+            raise self._explain(hung_up) from error
         except (httpcore.NetworkError, httpx.TransportError) as error:
-            raise TunnelLostError(f"{what}: the connection broke.", evidence=str(error)) from error
+            broke = TunnelLostError(f"{what}: the connection broke.", evidence=str(error))
+            raise self._explain(broke) from error
+        except (TunnelError, ServerUnavailableError) as error:  # of the dial
+            raise self._explain(error) from error.__cause__
         if response.is_success:
             return response
         try:
@@ -359,6 +377,18 @@ class AgentServerClient:
         finally:
             response.close()
         raise _response_error(what, response.status_code, detail)
+
+    def _guarded(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """`pieces`, with what can break while a body is read as one of our errors."""
+        try:
+            yield from pieces
+        except (httpcore.TimeoutException, httpx.TimeoutException) as error:
+            raise ServerNotReadyError(
+                "The agent server stopped in the middle of an answer.", evidence=str(error)
+            ) from error
+        except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpx.TransportError) as error:
+            broke = TunnelLostError("The connection broke in the middle of an answer.", evidence=str(error))
+            raise self._explain(broke) from error
 
 
 def wrap_command(command: str, cwd: str, env: dict[str, str]) -> str:
@@ -370,6 +400,17 @@ def wrap_command(command: str, cwd: str, env: dict[str, str]) -> str:
         f"if command -v bash >/dev/null 2>&1; then exec bash -c {line} </dev/null; "
         f"else exec sh -c {line} </dev/null; fi"
     )
+
+
+@contextlib.contextmanager
+def _command_errors(command: str) -> Iterator[None]:
+    """A server's "this can't be done" (422) to a command, as the error that says so."""
+    try:
+        yield
+    except ServerResponseError as error:
+        if error.status != _UNPROCESSABLE:
+            raise
+        raise CommandError("The command could not be started.", command=command, evidence=error.evidence) from error
 
 
 def _text(answer: dict[str, Any], name: str) -> str:
@@ -384,21 +425,9 @@ def _chunks(file: Any) -> Iterator[bytes]:
         yield data
 
 
-def _guarded(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """`pieces`, with what can break while a body is read as one of our errors."""
-    try:
-        yield from pieces
-    except (httpcore.TimeoutException, httpx.TimeoutException) as error:
-        raise ServerNotReadyError(
-            "The agent server stopped in the middle of an answer.", evidence=str(error)
-        ) from error
-    except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpx.TransportError) as error:
-        raise TunnelLostError("The connection broke in the middle of an answer.", evidence=str(error)) from error
-
-
-def _lines(response: httpx.Response) -> Iterator[bytes]:
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
     rest = b""
-    for piece in _guarded(response.iter_raw()):
+    for piece in pieces:
         *whole, rest = (rest + piece).split(b"\n")
         yield from (line for line in whole if line)
     if rest:

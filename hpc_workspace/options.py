@@ -23,6 +23,10 @@ _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 _MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|d)?")
 _DURATION_S = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+# The agent server's own threads count (OpenHands' has about 30); with less it would not even start.
+_FEWEST_PROCESSES = 64
+# What only a container can do.
+_OF_CONTAINERS = ("extra_bind_mounts", "enable_gpu", "max_processes", "verify", "encryption_pem", "extra_ports")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -137,6 +141,7 @@ class WorkspaceOptions(BaseModel):
     cache_dir: Text | None = None
     forward_env: list[VariableName] = Field(default_factory=lambda: ["DEBUG"])
     detach_logs: bool = True
+    extra_ports: bool = False
     platform: Text = Field(default_factory=this_platform)
     use_fakeroot: bool = True
     extra_bind_mounts: list[Text] = Field(default_factory=list)
@@ -144,9 +149,12 @@ class WorkspaceOptions(BaseModel):
     enable_docker_compat: bool = True
     disable_mount_locations: list[Text] = Field(default_factory=lambda: ["hostfs", "bind-paths"])
     health_check_timeout: Annotated[float, Field(gt=0)] = 120.0
-    pull_policy: Literal["missing", "always", "never"] = "missing"
+    pull_policy: Literal["missing", "always", "newer", "never"] = "missing"
     runtime: Literal["auto", "apptainer", "singularity", "process"] = "auto"
     writable: Literal["overlay", "tmpfs", "none"] = "overlay"
+    max_processes: Annotated[int, Field(ge=_FEWEST_PROCESSES)] | None = None
+    verify: bool | Text = False
+    encryption_pem: Text | None = None
     slurm: SlurmOptions | Literal["auto"] | None = None
     connect: Literal["auto", "loopback", "paramiko", "openssh"] = "auto"
     queue_timeout: Duration = None
@@ -161,6 +169,9 @@ class WorkspaceOptions(BaseModel):
         given = [name for name in ("server_image", "sif_file", "image") if getattr(self, name) is not None]
         if self.runtime == "process" and given:
             raise ValueError(f"runtime='process' runs no image: leave out {given[0]}")
+        for name in _OF_CONTAINERS if self.runtime == "process" else ():
+            if getattr(self, name):
+                raise ValueError(f"runtime='process' has no container: leave out {name}")
         if self.runtime != "process" and len(given) != 1:
             said = " and ".join(given) or "none of them"
             raise ValueError(f"give exactly one of server_image, sif_file and image (given: {said})")

@@ -77,7 +77,10 @@ def _text(data: bytes) -> str:
 
 
 class Child:
-    """A program that runs beside us, in a session of its own, so that a Ctrl-C meant for us does not reach it."""
+    """A program that runs beside us, in a session of its own, so that a Ctrl-C meant for us does not reach it.
+
+    One that was started with a lifeline reads the end of its stdin when this object, or this process, is gone.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -109,12 +112,14 @@ def spawn(
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     stdio: int | None = None,
+    lifeline: bool = False,
 ) -> Child:
     """Start a program that outlives this call.
 
     Args:
         output: where its stdout and stderr go.
         stdio: a socket's descriptor to be both its stdin and its stdout (stderr still goes to `output`).
+        lifeline: whether its stdin is a pipe that nothing is ever written to, open for as long as we live.
 
     Raises:
         PrerequisiteError: the program is not on PATH.
@@ -122,7 +127,7 @@ def spawn(
     try:
         process = subprocess.Popen(
             list(argv),
-            stdin=subprocess.DEVNULL if stdio is None else stdio,
+            stdin=stdio if stdio is not None else subprocess.PIPE if lifeline else subprocess.DEVNULL,
             stdout=output if stdio is None else stdio,
             stderr=output,
             env=env,

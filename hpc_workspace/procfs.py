@@ -64,18 +64,21 @@ def descendants(root_pid: int, processes: dict[int, Process] | None = None) -> l
     return found
 
 
-def tagged(tag: str) -> list[Process]:
-    """This user's processes that were started with `tag` (NAME=value) in their environment."""
-    wanted = tag.encode()
-    found = []
-    for process in read_processes().values():
-        try:
-            environ = Path(f"/proc/{process.pid}/environ").read_bytes()
-        except OSError:
-            continue
-        if wanted in environ.split(b"\0"):
-            found.append(process)
-    return found
+def environment_value(pid: int, name: str) -> str | None:
+    """The value that `name` had in the environment a process was started with; None without it, or if it is hidden."""
+    wanted = f"{name}=".encode()
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    found = next((entry for entry in entries if entry.startswith(wanted)), None)
+    return None if found is None else found[len(wanted) :].decode("utf-8", "surrogateescape")
+
+
+def is_elsewhere(pid: int, kind: str) -> bool:
+    """Whether a process is in another namespace of `kind` (pid, user, mnt, net) than this one, as far as it shows."""
+    theirs = _link(f"/proc/{pid}/ns/{kind}")
+    return theirs not in ("", _link(f"/proc/self/ns/{kind}"))
 
 
 @dataclass(frozen=True)
@@ -87,18 +90,18 @@ class Listener:
 
 
 def tcp_listener(port: int) -> Listener | None:
-    """Who listens on 127.0.0.1:port, or on any address with that port; None if nobody does."""
-    for table, addresses in (("/proc/net/tcp", _IPV4_ADDRESSES), ("/proc/net/tcp6", _IPV6_ADDRESSES)):
+    """Who gets a connection to 127.0.0.1:port; None if nobody listens. The kernel prefers the most exact address."""
+    found: dict[str, Listener] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
             lines = Path(table).read_text().splitlines()[1:]
         except OSError:
             continue
-        for line in lines:
-            fields = line.split()
+        for fields in map(str.split, lines):
             address, _, number = fields[1].partition(":")
-            if fields[3] == _LISTEN and int(number, 16) == port and address in addresses:
-                return Listener(inode=int(fields[9]), uid=int(fields[7]))
-    return None
+            if fields[3] == _LISTEN and int(number, 16) == port:
+                found.setdefault(address, Listener(inode=int(fields[9]), uid=int(fields[7])))
+    return next((found[address] for address in _REACHED_BY_LOOPBACK if address in found), None)
 
 
 def tcp_peer_uid(peer_port: int, our_port: int) -> int | None:
@@ -120,8 +123,13 @@ def _hex_address(family: int, address: str) -> str:
 
 
 _IPV4_LOOPBACK = _hex_address(socket.AF_INET, "127.0.0.1")
-_IPV4_ADDRESSES = {_IPV4_LOOPBACK, _hex_address(socket.AF_INET, "0.0.0.0")}  # noqa: S104 - looked for, not bound
-_IPV6_ADDRESSES = {_hex_address(socket.AF_INET6, "::"), _hex_address(socket.AF_INET6, "::ffff:127.0.0.1")}
+# Those that a connection to 127.0.0.1 reaches, the most exact first.
+_REACHED_BY_LOOPBACK = (
+    _IPV4_LOOPBACK,
+    _hex_address(socket.AF_INET6, "::ffff:127.0.0.1"),
+    _hex_address(socket.AF_INET, "0.0.0.0"),  # noqa: S104 - looked for, not bound
+    _hex_address(socket.AF_INET6, "::"),
+)
 
 
 def holds_socket(pid: int, inode: int) -> bool:

@@ -27,6 +27,10 @@ class Spec(BaseModel):
         server: `bundled` (brought along, listens on a Unix socket) or `image` (OpenHands' own, in the image).
         image: path of a SIF or sandbox directory as the node sees it; None with runtime `process`.
         toolbox: the directory with the bundled server and its interpreter; None where it is not needed.
+        max_processes: bound on the container's processes and threads; None: no bound of ours.
+        verify: whether the image's signature is checked: by the user's keyring, or by the PEM file of this name.
+        encryption_pem: the PEM file that opens an encrypted image.
+        extra_ports: whether the image's VSCode and VNC are wanted too.
         binds: mounts in Apptainer's own `src[:dest[:opts]]` syntax, as the user gave them.
         ends_with_lease: whether the workspace ends as soon as the last client is gone.
         idle_timeout_s: ends after so long without a client and without a running command; None: never.
@@ -49,13 +53,20 @@ class Spec(BaseModel):
     enable_docker_compat: bool
     disable_mount_locations: list[Text]
     writable: Literal["overlay", "tmpfs", "none"]
+    max_processes: int | None = None
+    verify: bool | Text = False
+    encryption_pem: Text | None = None
+    extra_ports: bool = False
     health_check_timeout_s: float
     ends_with_lease: bool
     idle_timeout_s: float | None
 
 
 class Failure(BaseModel):
-    """Why a workspace failed, as an error of `errors.py` that the client raises in its own process."""
+    """Why a workspace failed, as an error of `errors.py` that the client raises in its own process.
+
+    `leftovers` is what of it could not be cleared away: a line each.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,6 +74,7 @@ class Failure(BaseModel):
     what: str
     evidence: str = ""
     remedy: str = ""
+    leftovers: list[str] = Field(default_factory=list)
 
 
 class Record(BaseModel):
@@ -74,9 +86,11 @@ class Record(BaseModel):
         node: the node's short name, as Slurm and SSH know it.
         port: of the node's 127.0.0.1, where the door listens.
         socket: the door's Unix socket on the node.
-        pid: the node program's.
+        owner: the mark of the node program's warden (`owner.Owner`): when that process has ended, all has.
         working_dir: where commands start, as they see it.
         node_scratch: the workspace's 0700 directory on the node's own disk.
+        extra_ports: ports inside the workspace by name (vscode, vnc); empty unless they were asked for.
+        notices: what is not as it was asked for, with the reason, in words for a person.
         exit_reason: why it ended, in words; None while it runs.
     """
 
@@ -91,13 +105,15 @@ class Record(BaseModel):
     node: Text
     port: Annotated[int, Field(ge=0, lt=65536)]
     socket: Text
-    pid: int
+    owner: Text
     runtime: Text
     server: Literal["bundled", "image"]
     working_dir: Text
     node_scratch: Text
     started_at: float
     phases_s: dict[str, float] = Field(default_factory=dict)
+    extra_ports: dict[str, int] = Field(default_factory=dict)
+    notices: list[str] = Field(default_factory=list)
     exit_reason: str | None = None
     failure: Failure | None = None
 

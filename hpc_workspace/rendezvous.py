@@ -4,6 +4,7 @@
         spec.json     what was asked for (`record.Spec`)
         token         the session key, 0600
         environment   values of forwarded variables, 0600, NUL-separated; there only if there are any
+        runtime_environment   the same for the container's runtime itself, such as an encrypted image's passphrase
         record.json   what became of it (`record.Record`), written aside, then renamed; record.lock beside it
         heartbeat     touched by the node program
         job.sbatch  node.log  server.log
@@ -29,6 +30,9 @@ from hpc_workspace import locks
 from hpc_workspace.errors import RendezvousCorruptError, RendezvousError
 from hpc_workspace.record import SCHEMA, Record, Spec
 
+_TOKEN = "token"  # noqa: S105 - a file's name
+_ENVIRONMENT = "environment"
+_RUNTIME_ENVIRONMENT = "runtime_environment"
 MAX_BYTES = 256 * 1024
 _LOCK_TIMEOUT_S = 5.0
 
@@ -90,8 +94,10 @@ class WorkspaceDirectory:
         return self.path / "heartbeat"
 
     @classmethod
-    def create(cls, spec: Spec, token: str, environment: dict[str, str]) -> WorkspaceDirectory:
-        """Make the directory with its spec, token and environment.
+    def create(
+        cls, spec: Spec, token: str, environment: dict[str, str], runtime_environment: dict[str, str] | None = None
+    ) -> WorkspaceDirectory:
+        """Make the directory with its spec, token and environments.
 
         Guarantees: if it raises, nothing is left of it.
 
@@ -107,10 +113,11 @@ class WorkspaceDirectory:
             raise _unwritable(root, error) from error
         try:
             directory._write("spec.json", spec.model_dump_json(indent=1).encode())
-            directory._write("token", token.encode())
-            if environment:
-                pairs = (f"{name}={value}" for name, value in environment.items())
-                directory._write("environment", "\0".join(pairs).encode("utf-8", "surrogateescape"))
+            directory._write(_TOKEN, token.encode())
+            for name, variables in ((_ENVIRONMENT, environment), (_RUNTIME_ENVIRONMENT, runtime_environment)):
+                if variables:
+                    pairs = (f"{key}={value}" for key, value in variables.items())
+                    directory._write(name, "\0".join(pairs).encode("utf-8", "surrogateescape"))
             for log in (directory.node_log, directory.server_log):
                 os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         except OSError as error:
@@ -140,14 +147,21 @@ class WorkspaceDirectory:
         Raises:
             RendezvousCorruptError: it is not there (the workspace has ended) or can't be trusted.
         """
-        data = self._read("token")
+        data = self._read(_TOKEN)
         if data is None:
             raise RendezvousCorruptError(f"{self.path} has no token: the workspace has ended.")
         return data.decode("ascii", "replace")
 
     def read_environment(self) -> dict[str, str]:
         """Names and values of the forwarded variables; empty where there are none."""
-        data = self._read("environment")
+        return self._read_variables(_ENVIRONMENT)
+
+    def read_runtime_environment(self) -> dict[str, str]:
+        """Names, without the runtime's prefix, and values for the runtime itself; empty where there are none."""
+        return self._read_variables(_RUNTIME_ENVIRONMENT)
+
+    def _read_variables(self, name: str) -> dict[str, str]:
+        data = self._read(name)
         if not data:
             return {}
         pairs = (pair.partition("=") for pair in data.decode("utf-8", "surrogateescape").split("\0"))
@@ -178,7 +192,7 @@ class WorkspaceDirectory:
 
     def forget_secrets(self) -> None:
         """Remove the key and the forwarded values: nothing can reach this workspace any more."""
-        for name in ("token", "environment"):
+        for name in (_TOKEN, _ENVIRONMENT, _RUNTIME_ENVIRONMENT):
             (self.path / name).unlink(missing_ok=True)
 
     def write_batch_script(self, text: str) -> None:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpc_workspace import clock, errors, images, processes, rendezvous
+from hpc_workspace.apptainer import read_own_environment
 from hpc_workspace.connect.ladder import climb
 from hpc_workspace.connect.listener import Listener
 from hpc_workspace.connect.streams import DoorStream, Route, open_door
@@ -52,6 +53,8 @@ _END_TIMEOUT_S = 20.0
 # The record of a job that ended may reach this side a moment after Slurm's word.
 _LAST_LOOK_S = 1.0
 _STALE_S = 120.0
+# How long a broken connection may take to turn out to be the end of the workspace.
+_FAREWELL_S = 3.0
 
 _open_workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
 
@@ -74,6 +77,7 @@ class Workspace:
         self._lease: DoorStream | None = None
         self._client: AgentServerClient | None = None
         self._listener: Listener | None = None
+        self._extra_listeners: dict[str, Listener] = {}
         self._follower: LogFollower | None = None
         self._lock = threading.RLock()
         self.phases_s: dict[str, float] = {}
@@ -167,6 +171,23 @@ class Workspace:
             return self._listener.url
 
     @property
+    def extra_ports(self) -> dict[str, Listener]:
+        """With the option `extra_ports`: `vscode` and `vnc`, each with `url`, `port` and `close()`; else empty.
+
+        A port that nothing in the workspace listens on refuses its connections. With `host_port`, they are the two
+        ports after it.
+        """
+        self._require_client()
+        with self._lock:
+            for name in self._require_record().extra_ports:
+                if name not in self._extra_listeners:
+                    self._extra_listeners[name] = self._listen_for_extra(name, None)
+            return dict(self._extra_listeners)
+
+    def _listen_for_extra(self, name: str, host_port: int | None) -> Listener:
+        return Listener(lambda: self._dial(Wish(want="port", port=self._require_record().extra_ports[name])), host_port)
+
+    @property
     def client(self) -> httpx.Client:
         """An HTTP client with the key and the way built in; relative URLs go to the agent server."""
         return self._require_client().http
@@ -178,7 +199,7 @@ class Workspace:
             return False
         try:
             self._client.health()
-        except (ServerError, TunnelError):
+        except (ServerError, TunnelError, ContainerError):
             return False
         return True
 
@@ -318,6 +339,18 @@ class Workspace:
 
     cleanup = close
 
+    def _wait_final_record(self, timeout_s: float) -> Record | None:
+        """The record that says how it ended; None if there is none within `timeout_s`."""
+        deadline = clock.Deadline(timeout_s)
+        for pause_s in clock.pauses_s(*_LOCAL_LOOK_S):
+            record = self._require_dir().read_record()
+            if record is not None and record.is_final:
+                return record
+            if deadline.is_over:
+                break
+            clock.sleep(pause_s)
+        return None
+
     def _settle(self, gone: bool, launched: Launched) -> None:
         """Remove the directory of a workspace that ended well; keep the evidence of one that did not."""
         directory = self._require_dir()
@@ -333,7 +366,7 @@ class Workspace:
             )
         if record is not None and record.failure is not None:
             directory.forget_secrets()
-            if record.failure.evidence and "left something behind" in record.failure.what:
+            if record.failure.leftovers:
                 raise _as_error(record)
             log.warning("workspace %s ended badly: %s See %s", record.workspace_id, record.failure.what, directory.path)
             return
@@ -357,10 +390,12 @@ class Workspace:
         return True
 
     def _disconnect(self) -> None:
-        for part in (self._follower, self._listener, self._client, self._lease, self._route):
+        extra = self._extra_listeners.values()
+        for part in (self._follower, self._listener, *extra, self._client, self._lease, self._route):
             if part is not None:
                 part.close()
         self._follower = self._listener = self._client = self._lease = self._route = None
+        self._extra_listeners = {}
 
     def _connect_to_server(self) -> None:
         """Take the lease by the first route that works, and make the client."""
@@ -375,6 +410,7 @@ class Workspace:
             api_key=self._token,
             server=record.server,
             working_dir=record.working_dir,
+            explain=self._explain,
         )
         self.phases_s["connect"] = clock.now_s() - began_s
 
@@ -383,6 +419,30 @@ class Workspace:
         if self._route is None:
             raise TunnelError(f"Workspace {record.workspace_id} is closed.", node=record.node)
         return open_door(self._route, record.node, self._token, record.workspace_id, wish)
+
+    def _explain(self, error: WorkspaceError) -> WorkspaceError:
+        """`error`, a broken connection, or why the workspace ended, if that is what broke it.
+
+        The door says goodbye on the lease once all is gone and the record says why. If the node program itself was
+        killed there is no goodbye, and its warden writes the record a moment later.
+        """
+        lease = self._lease
+        if lease is None:
+            return error
+        try:
+            lease.settimeout(_FAREWELL_S)
+            lease.wait_ended()
+            record = self._wait_final_record(_FAREWELL_S)
+        except (OSError, WorkspaceError) as unknown:
+            log.debug("a broken connection is not explained: %s", unknown)
+            return error
+        if record is None:
+            return error
+        if record.failure is not None:
+            return _as_error(record)
+        return ContainerError(
+            f"Workspace {record.workspace_id} on {record.node} has ended: {record.exit_reason}.", evidence=error.what
+        )
 
     def _require_client(self) -> AgentServerClient:
         if self._client is None:
@@ -434,13 +494,13 @@ class ApptainerWorkspace(Workspace):
                 return self
             began = clock.Deadline(None)
             slurm = self._slurm_options()
-            if self._host_port is not None:
-                self._listener = Listener(lambda: self._dial(Wish(want="server")), self._host_port)
             try:
+                self._take_ports()
                 spec = self._make_spec(slurm)
                 self.phases_s["image"] = began.elapsed_s
                 environment = {name: os.environ[name] for name in self.options.forward_env if name in os.environ}
-                self._directory = WorkspaceDirectory.create(spec, make_token(), environment)
+                own = read_own_environment(os.environ)
+                self._directory = WorkspaceDirectory.create(spec, make_token(), environment, own)
                 self._launch(slurm)
                 self._record = self._wait_ready(spec, in_slurm=slurm is not None)
                 self._connect_to_server()
@@ -450,6 +510,8 @@ class ApptainerWorkspace(Workspace):
             except BaseException:
                 self._undo_start()
                 raise
+            for notice in self._record.notices:
+                log.warning("%s: %s", self._directory.workspace_id, notice)
             self.phases_s.update({f"node.{name}": seconds for name, seconds in self._record.phases_s.items()})
             self.phases_s["start"] = began.elapsed_s
             _open_workspaces.add(self)
@@ -457,6 +519,21 @@ class ApptainerWorkspace(Workspace):
 
     def __enter__(self) -> ApptainerWorkspace:
         return self.start()
+
+    def _take_ports(self) -> None:
+        """Listen on the ports that were asked for, before anything starts.
+
+        Raises:
+            PrerequisiteError: one of them is taken.
+        """
+        port = self._host_port
+        if port is None:
+            return
+        self._listener = Listener(lambda: self._dial(Wish(want="server")), port)
+        if self.options.extra_ports:
+            self._extra_listeners = {
+                name: self._listen_for_extra(name, port + step) for step, name in enumerate(("vscode", "vnc"), 1)
+            }
 
     def _slurm_options(self) -> SlurmOptions | None:
         if self.options.slurm != "auto":
@@ -483,8 +560,9 @@ class ApptainerWorkspace(Workspace):
             image = images.resolve(
                 wanted, runtime=o.runtime, store=store, platform=o.platform, pull_policy=o.pull_policy
             )
-        if o.mount_dir is not None and slurm is None and not Path(o.mount_dir).is_dir():
-            raise errors.ConfigError(f"mount_dir {o.mount_dir} is not a directory.", option="mount_dir")
+        binds = [*o.extra_bind_mounts, *_binds_of_the_environment()]
+        if slurm is None:
+            _require_paths(o.mount_dir, binds, o.encryption_pem)
         is_bundled = o.image is not None or o.runtime == "process"
         box = str(toolbox.ensure_toolbox(store)) if o.image is not None else None
         return Spec(
@@ -495,13 +573,17 @@ class ApptainerWorkspace(Workspace):
             image=image,
             toolbox=box,
             working_dir=o.working_dir,
-            mount_dir=str(Path(o.mount_dir).absolute()) if o.mount_dir else None,
-            binds=o.extra_bind_mounts,
+            mount_dir=_absolute(o.mount_dir) if o.mount_dir else None,
+            binds=[_with_absolute_source(bind) for bind in binds],
             use_fakeroot=o.use_fakeroot,
             enable_gpu=o.enable_gpu,
             enable_docker_compat=o.enable_docker_compat,
             disable_mount_locations=o.disable_mount_locations,
             writable=o.writable,
+            max_processes=o.max_processes,
+            verify=_absolute(o.verify) if isinstance(o.verify, str) else o.verify,
+            encryption_pem=_absolute(o.encryption_pem) if o.encryption_pem else None,
+            extra_ports=o.extra_ports,
             health_check_timeout_s=o.health_check_timeout,
             ends_with_lease=slurm is None,
             idle_timeout_s=o.idle_timeout,
@@ -519,6 +601,9 @@ class ApptainerWorkspace(Workspace):
 
     def _wait_ready(self, spec: Spec, *, in_slurm: bool) -> Record:
         """The record, once it says ready. Looks at the directory first, and asks Slurm every 2 s."""
+        # Its import takes as long as a good part of the start: do it while the node is busy.
+        from hpc_workspace import client as _client  # noqa: F401
+
         directory, launched = self._require_dir(), self._launched
         assert launched is not None
         began = clock.Deadline(None)
@@ -529,7 +614,7 @@ class ApptainerWorkspace(Workspace):
                 self.phases_s["wait"] = began.elapsed_s
                 return record
             if (end := launched.find_end()) is not None:
-                clock.sleep(_LAST_LOOK_S)
+                clock.sleep(_LAST_LOOK_S if in_slurm else 0.0)
                 _ready_record(directory, spec)
                 raise end
             if launched.is_pending() and queue.is_over:
@@ -569,6 +654,39 @@ class ApptainerWorkspace(Workspace):
             if self._directory is not None:
                 self._directory.remove()
         self._record = None
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _binds_of_the_environment() -> list[str]:
+    """Bind mounts from the variable that OpenHands' ApptainerWorkspace (1.58) reads: comma-separated."""
+    said = os.environ.get("OPENHANDS_APPTAINER_EXTRA_BINDS", "")
+    return [bind.strip() for bind in said.split(",") if bind.strip()]
+
+
+def _with_absolute_source(bind: str) -> str:
+    """A bind mount whose source does not depend on where the container is started; its target stays."""
+    source, colon, rest = bind.partition(":")
+    return bind if source.startswith("/") else f"{_absolute(source)}{colon}{rest}"
+
+
+def _require_paths(mount_dir: str | None, binds: list[str], encryption_pem: str | None) -> None:
+    """Make sure that what is to be mounted on this machine is there, before anything starts.
+
+    Raises:
+        ConfigError: it is not; it names the option.
+    """
+    if mount_dir is not None and not Path(_absolute(mount_dir)).is_dir():
+        raise errors.ConfigError(
+            f"mount_dir {mount_dir} is not a directory.", option="mount_dir", remedy="Make it first, or leave it out."
+        )
+    for source in (bind.partition(":")[0] for bind in binds):
+        if not Path(_absolute(source)).exists():
+            raise errors.ConfigError(f"extra_bind_mounts: {source} does not exist.", option="extra_bind_mounts")
+    if encryption_pem is not None and not Path(_absolute(encryption_pem)).is_file():
+        raise errors.ConfigError(f"encryption_pem {encryption_pem} is not a file.", option="encryption_pem")
 
 
 def _with_scheme(server_image: str | None) -> str:

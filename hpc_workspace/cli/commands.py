@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shlex
@@ -191,6 +192,31 @@ def down(workspace_ids: tuple[str, ...]) -> None:
     for workspace_id in workspace_ids:
         Workspace.attach(workspace_id).close()
         click.echo(f"{workspace_id} ended")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: ended, removed, left.")
+def reap(as_json: bool) -> None:
+    """Remove what your dead workspaces left on this node: processes, mounts, scratch directories, records.
+
+    Every start does the same for what it finds; run this where nothing will start. What lives, or belongs to a
+    workspace that can't be judged from here, is left alone. Exits 1 if something could not be removed.
+
+    \b
+    srun -w n07 hpc-workspace reap
+    """
+    from hpc_workspace.node.reap import reap_this_node
+
+    found = reap_this_node()
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found)))
+    else:
+        for word, things in (("ended", found.ended), ("removed", found.removed), ("LEFT", found.left)):
+            for thing in things:
+                click.echo(f"{word:8} {thing}")
+        if not (found.ended or found.removed or found.left):
+            click.echo("nothing to reap")
+    sys.exit(1 if found.left else 0)
 
 
 @cli.command()

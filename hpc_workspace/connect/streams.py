@@ -103,6 +103,11 @@ class DoorStream:
             )
         self._granted = True
 
+    def wait_ended(self) -> None:
+        """Wait until the other side has ended the stream. Raises OSError (TimeoutError) when it breaks, or does not."""
+        while self.recv(1024):
+            continue
+
     def recv(self, size: int) -> bytes:
         self.wait_granted()
         return self._stream.recv(size)

@@ -6,19 +6,21 @@ import os
 import signal
 import sys
 
-from hpc_workspace import clock, processes, procfs
+from hpc_workspace import clock, processes
 from hpc_workspace.errors import ContainerError, WorkspaceError
+from hpc_workspace.owner import Owner
 from hpc_workspace.record import Record
 from hpc_workspace.rendezvous import WorkspaceDirectory
 
 _LOOK_S = 0.01
+_REAP_TIMEOUT_S = 15.0
 
 
 def launch(directory: WorkspaceDirectory) -> LocalLaunched:
     """Start the node program for `directory`; its log is node.log."""
     with directory.node_log.open("ab") as log:
         argv = [sys.executable, "-m", "hpc_workspace.node", str(directory.path)]
-        child = processes.spawn(argv, output=log, env=_environment(), cwd=str(directory.path))
+        child = processes.spawn(argv, output=log, env=_environment(), cwd=str(directory.path), lifeline=True)
     return LocalLaunched(directory, child)
 
 
@@ -56,10 +58,21 @@ class LocalLaunched:
         self._child.send_signal(signal.SIGTERM)
 
     def wait_gone(self, timeout_s: float) -> bool:
-        return self._child.wait(timeout_s) is not None
+        returncode = self._child.wait(timeout_s)
+        if returncode is not None and returncode < 0:
+            _reap(self._directory)
+        return returncode is not None
 
     def describe(self) -> str:
         return f"starting on this machine (process {self._child.pid})"
+
+
+def _reap(directory: WorkspaceDirectory) -> None:
+    """Clear away what a node program left whose two processes were both killed. What can't be said is logged there."""
+    with directory.node_log.open("ab") as log:
+        log.write(b"the node program was killed: reaping\n")
+        argv = [sys.executable, "-m", "hpc_workspace.node.reap"]
+        processes.spawn(argv, output=log, env=_environment(), cwd="/").wait(_REAP_TIMEOUT_S)
 
 
 class LocalAttached:
@@ -69,13 +82,10 @@ class LocalAttached:
 
     def __init__(self, record: Record) -> None:
         self._record = record
-        process = procfs.read_process(record.pid)
-        # An id may have been given to another process since; its start time tells.
-        self._start_ticks = process.start_ticks if process else None
+        self._owner = Owner.parse(record.owner)
 
     def _is_running(self) -> bool:
-        process = procfs.read_process(self._record.pid)
-        return process is not None and process.start_ticks == self._start_ticks and not process.is_zombie
+        return self._owner is not None and self._owner.fate() != "dead"
 
     def find_end(self) -> WorkspaceError | None:
         if self._is_running():
@@ -97,4 +107,4 @@ class LocalAttached:
         return True
 
     def describe(self) -> str:
-        return f"running on this machine (process {self._record.pid})"
+        return f"running on {self._record.node}"

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from hpc_workspace.node.program import main
+from hpc_workspace.node.warden import main
 
 if len(sys.argv) != 2:
     sys.exit("usage: python -m hpc_workspace.node DIRECTORY")

@@ -9,11 +9,11 @@ import queue
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_workspace import clock, exchange
 from hpc_workspace.exchange import ExchangeError, Verdict, Wish
+from hpc_workspace.node.events import DetachRequested, EndRequested, LeasesChanged
 from hpc_workspace.node.identity import Family, NotOursError
 from hpc_workspace.node.server import Address, connect_port
 
@@ -22,23 +22,6 @@ log = logging.getLogger(__name__)
 _EXCHANGE_TIMEOUT_S = 10.0
 _UNPROVEN_MAX = 64
 _RELAY_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True)
-class LeasesChanged:
-    """A client came or went; `count` leases are held now."""
-
-    count: int
-
-
-@dataclass(frozen=True)
-class EndRequested:
-    """A client asked for the end."""
-
-
-@dataclass(frozen=True)
-class DetachRequested:
-    """A client wants the workspace to outlive it."""
 
 
 class Door:

@@ -35,9 +35,9 @@ class Family:
         listener = procfs.tcp_listener(port)
         if listener is None:
             raise NotOursError(f"nobody listens on port {port}")
-        if self._known_inodes.get(port) == listener.inode:
+        if listener.uid == os.getuid() and self._known_inodes.get(port) == listener.inode:
             return
-        if listener.uid != os.getuid() or not self._holds(listener.inode):
+        if not self._holds(listener.inode):
             raise NotOursError(f"the listener on port {port} is not this workspace's")
         self._known_inodes[port] = listener.inode
 

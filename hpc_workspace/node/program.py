@@ -1,7 +1,8 @@
 """The life of a workspace on its node: start, publish, watch, end.
 
 One thread decides; everything else (the door's connections, the server's death, signals) sends it events. Whatever
-happens, the way out is the same: the record says why, the container's processes are gone, the scratch is removed.
+happens, the way out is the same: the container's processes are gone, the scratch is removed, the record says why. For
+the case that this program is killed itself, its warden stands by (`warden.py`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,28 @@ import queue
 import random
 import signal
 import socket
+import stat
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_workspace import clock, procfs
-from hpc_workspace.errors import ContainerError, ServerNotReadyError, WorkspaceError
-from hpc_workspace.node import server, teardown
-from hpc_workspace.node.door import DetachRequested, Door, EndRequested, LeasesChanged
+from hpc_workspace.errors import WorkspaceError
+from hpc_workspace.node import leftovers, server, teardown
+from hpc_workspace.node.door import Door
+from hpc_workspace.node.events import (
+    DetachRequested,
+    EndedEarly,
+    EndRequested,
+    LauncherGone,
+    LeasesChanged,
+    ServerDied,
+    Signalled,
+)
 from hpc_workspace.node.identity import Family, NotOursError
-from hpc_workspace.node.scratch import Scratch, choose_base, remove_stale
-from hpc_workspace.processes import Child
+from hpc_workspace.node.plan import Ingredients
+from hpc_workspace.node.scratch import Scratch, candidate_bases, choose_base, free_bytes
+from hpc_workspace.node.startup import Running, Startup, server_death
+from hpc_workspace.owner import Owner
 from hpc_workspace.record import Failure, Record, Spec, State
 from hpc_workspace.rendezvous import WorkspaceDirectory
 
@@ -31,52 +43,40 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 30.0
 # A client that was killed between the launch and its first lease must not leave a workspace behind.
 FIRST_LEASE_S = 120.0
-_READY_PROBE_S = 0.02
-_STARTS_OF_AN_IMAGE = 2  # about 1 start in 28 of OpenHands' server dies in an import deadlock (1.58)
-
-
-@dataclass(frozen=True)
-class Signalled:
-    """This process got a signal that asks for the end, or (USR1) says that the time limit is near."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class ServerDied:
-    """The server's process ended by itself."""
-
-    returncode: int
-
-
-class EndedEarly(Exception):
-    """The end was asked for before the workspace was ready."""
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class NodeProgram:
-    """Runs one workspace to its end; see the module's docstring."""
+    """Runs one workspace to its end; see the module's docstring.
 
-    def __init__(self, directory: WorkspaceDirectory) -> None:
+    Args:
+        owner: the warden, whose mark everything carries.
+    """
+
+    def __init__(self, directory: WorkspaceDirectory, owner: Owner) -> None:
         self.directory = directory
         self.spec: Spec = directory.read_spec()
+        self._owner = owner
         self._token = directory.read_token()
         self._events: queue.Queue[object] = queue.Queue()
         self._family = Family()
-        self._tag = f"{teardown.TAG_NAME}={self.spec.workspace_id}/{self.spec.launch_id}"
         self._started = clock.Deadline(None)
         self._phases_s: dict[str, float] = {}
         self._scratch: Scratch | None = None
-        self._plan: server.Plan | None = None
-        self._child: Child | None = None
+        self._startup: Startup | None = None
+        self._running: Running | None = None
         self._door: Door | None = None
         self._had_lease = False
+        self._launcher_gone = False
         self._ends_with_lease = self.spec.ends_with_lease
 
     def run(self) -> int:
         """Live the workspace's whole life. Returns the exit code: 0 unless it failed."""
         teardown.become_subreaper()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for number in (*END_SIGNALS, signal.SIGUSR1):
             signal.signal(number, lambda number, _: self._events.put(Signalled(number)))
+        if self.spec.ends_with_lease and stat.S_ISFIFO(os.fstat(0).st_mode):
+            threading.Thread(target=self._await_launcher, daemon=True).start()
         state: State = "ended"
         failure = None
         try:
@@ -90,91 +90,57 @@ class NodeProgram:
         except OSError as error:
             state, reason = "failed", f"the node program failed: {error}"
             failure = Failure(
-                kind="ContainerError", what=f"The workspace can't be started on {_node()}.", evidence=str(error)
+                kind="ContainerError", what=f"The workspace can't be started on {node_name()}.", evidence=str(error)
             )
             log.exception("failed")
         return self._end(state, reason, failure)
 
     def _start(self) -> None:
         self.directory.touch_heartbeat()
+        bases = candidate_bases(os.environ)
+        stale = leftovers.clear(leftovers.is_stale, bases, looks=1)
+        for what in (*stale.ended, *stale.removed):
+            log.info("cleared away what a dead workspace left: %s", what)
         base = choose_base(os.environ)
-        for stale in remove_stale(base):
-            log.info("removed the scratch of a dead workspace: %s", stale)
-        self._scratch = Scratch(base)
-        log.info("scratch: %s", self._scratch.path)
-        self._plan = server.make_plan(self.spec, self._scratch, self._token, self.directory.read_environment())
+        self._scratch = Scratch(base, self._owner)
+        log.info("scratch: %s (%.1f GB free, of %s)", self._scratch.path, free_bytes(base) / 1e9, _listed(bases))
         self._door = Door(
             workspace_id=self.spec.workspace_id,
             token=self._token,
             socket_path=self._scratch.door_socket,
             family=self._family,
-            server=lambda: self._plan.address if self._plan and self._child else None,
+            server=lambda: self._running.plan.address if self._running else None,
             events=self._events,
         )
         self._phases_s["prepare"] = self._started.elapsed_s
-        self._start_server()
-        self._publish("ready")
-        log.info(
-            "ready after %.2f s: port %d, server pid %d", self._started.elapsed_s, self._door.port, self._child_pid
+        given = Ingredients(
+            scratch=self._scratch,
+            token=self._token,
+            environment=self.directory.read_environment(),
+            runtime_environment=self.directory.read_runtime_environment(),
+            tag=(
+                leftovers.TAG_NAME,
+                leftovers.tag_value(self.spec.workspace_id, self.spec.launch_id, self._owner),
+            ),
         )
+        self._startup = Startup(
+            self.spec,
+            given,
+            self.directory,
+            self._family,
+            next_event=self._next_event,
+            put_event=self._events.put,
+        )
+        self._running = self._startup.run()
+        self._phases_s |= self._running.phases_s
+        self._publish("ready")
+        log.info("ready after %.2f s: %r, server pid %d", self._started.elapsed_s, self._door, self._child_pid)
 
-    def _start_server(self) -> None:
-        """Start the server and wait until it answers.
-
-        Raises:
-            ContainerError: it died.
-            ServerNotReadyError: it did not answer in time.
-        """
-        attempts = _STARTS_OF_AN_IMAGE if self.spec.server == "image" else 1
-        for attempt in range(1, attempts + 1):
-            began_s = clock.now_s()
-            try:
-                self._spawn_and_wait()
-            except ContainerError as error:
-                if attempt == attempts:
-                    raise
-                log.warning("the server died at its start, trying once more: %s", error.what)
-                assert self._scratch is not None
-                self._plan = server.make_plan(self.spec, self._scratch, self._token, self.directory.read_environment())
-            else:
-                self._phases_s["server"] = clock.now_s() - began_s
-                return
-
-    def _spawn_and_wait(self) -> None:
-        assert self._plan is not None
-        child = server.start(self._plan, self.directory.server_log, self._tag)
-        self._child = child
-        threading.Thread(target=self._await_death, args=(child,), daemon=True).start()
-        deadline = clock.Deadline(self.spec.health_check_timeout_s)
-        while not self._answers():
-            event = self._next_event(_READY_PROBE_S)
-            if isinstance(event, ServerDied):
-                raise self._server_death(event.returncode)
-            if isinstance(event, EndRequested):
-                raise EndedEarly("ended by its client before it was ready")
-            if isinstance(event, Signalled) and event.number != signal.SIGUSR1:
-                raise EndedEarly(f"{signal.Signals(event.number).name} before it was ready")
-            if deadline.is_over:
-                raise ServerNotReadyError(
-                    f"The agent server on {_node()} did not answer within {self.spec.health_check_timeout_s:g} s.",
-                    evidence=self._server_tail(),
-                    remedy="Raise health_check_timeout if the machine is slow.",
-                )
-
-    def _await_death(self, child: Child) -> None:
-        while (returncode := child.wait(3600)) is None:
+    def _await_launcher(self) -> None:
+        """The launcher holds the other end of stdin and never writes: the end of it is the end of the launcher."""
+        while os.read(0, 4096):
             continue
-        if child is self._child:
-            self._events.put(ServerDied(returncode))
-
-    def _answers(self) -> bool:
-        assert self._plan is not None
-        try:
-            server.ask(self._plan.address, self._family, "/health")
-        except (OSError, ValueError, NotOursError) as error:
-            log.debug("not ready: %s", error)
-            return False
-        return True
+        self._events.put(LauncherGone())
 
     def _watch(self) -> str:
         """Stay until there is a reason to end; returns it in words.
@@ -188,20 +154,33 @@ class NodeProgram:
             if next_beat.is_over:
                 next_beat = clock.Deadline(self._beat())
             event = self._next_event(min(next_beat.left_s, 1.0 if self._may_idle() else 30.0))
-            if isinstance(event, EndRequested):
-                return "closed by its client"
-            if isinstance(event, Signalled):
-                if event.number != signal.SIGUSR1:
-                    return f"got {signal.Signals(event.number).name}"
-                log.warning("the job's time limit is near")
-            if isinstance(event, ServerDied):
-                raise self._server_death(event.returncode)
-            if isinstance(event, DetachRequested):
-                self._ends_with_lease = False
-            if isinstance(event, LeasesChanged):
-                self._had_lease = self._had_lease or event.count > 0
+            if reason := self._reason_to_end(event):
+                return reason
             if reason := self._abandoned(ready.elapsed_s):
                 return reason
+
+    def _reason_to_end(self, event: object | None) -> str:
+        """Take note of an event. Returns why it is the end, in words; empty if it is not.
+
+        Raises:
+            ContainerError: the server died.
+        """
+        match event:
+            case EndRequested():
+                return "closed by its client"
+            case Signalled(signal.SIGUSR1):
+                log.warning("the job's time limit is near")
+            case Signalled(number):
+                return f"got {signal.Signals(number).name}"
+            case ServerDied(child, returncode) if self._running is not None and child is self._running.child:
+                raise server_death(self.directory, returncode)
+            case DetachRequested():
+                self._ends_with_lease = False
+            case LauncherGone():
+                self._launcher_gone = True
+            case LeasesChanged(count):
+                self._had_lease = self._had_lease or count > 0
+        return ""
 
     def _may_idle(self) -> bool:
         return self._door is not None and self._door.leases == 0
@@ -212,7 +191,7 @@ class NodeProgram:
         if self._door.leases:
             return ""
         if self._ends_with_lease:
-            if self._had_lease:
+            if self._had_lease or self._launcher_gone:
                 return "its client is gone"
             return "its client never came" if ready_for_s > FIRST_LEASE_S else ""
         timeout_s = self.spec.idle_timeout_s
@@ -222,9 +201,9 @@ class NodeProgram:
 
     def _runs_a_command(self, timeout_s: float) -> bool:
         """Whether the server is at work for somebody who is not connected."""
-        assert self._plan is not None
+        assert self._running is not None
         try:
-            info = server.ask(self._plan.address, self._family, "/server_info")
+            info = server.ask(self._running.plan.address, self._family, "/server_info")
         except (OSError, ValueError, NotOursError) as error:
             log.warning("the server does not say whether it is idle: %s", error)
             return False
@@ -251,21 +230,11 @@ class NodeProgram:
 
     @property
     def _child_pid(self) -> int:
-        return self._child.pid if self._child else 0
-
-    def _server_death(self, returncode: int) -> ContainerError:
-        how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
-        return ContainerError(
-            f"The agent server on {_node()} ended with {how}.",
-            evidence=self._server_tail(),
-            remedy=_remedy_for(self._server_tail()),
-        )
-
-    def _server_tail(self) -> str:
-        tail = self.directory.log_tail(self.directory.server_log)
-        return f"Last lines of {self.directory.server_log}:\n{tail}" if tail else "It printed nothing."
+        child = self._startup.child if self._startup else None
+        return child.pid if child else 0
 
     def _publish(self, state: State, reason: str | None = None, failure: Failure | None = None) -> None:
+        plan = self._running.plan if self._running else None
         self.directory.publish(
             Record(
                 workspace_id=self.spec.workspace_id,
@@ -273,16 +242,18 @@ class NodeProgram:
                 job_id=os.environ.get("SLURM_JOB_ID"),
                 restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
                 state=state,
-                node=_node(),
+                node=node_name(),
                 port=self._door.port if self._door else 0,
                 socket=self._door.socket_path if self._door else "",
-                pid=os.getpid(),
-                runtime=self._plan.runtime if self._plan else self.spec.runtime,
+                owner=str(self._owner),
+                runtime=plan.runtime if plan else self.spec.runtime,
                 server=self.spec.server,
-                working_dir=self._plan.working_dir if self._plan else self.spec.working_dir,
+                working_dir=plan.working_dir if plan else self.spec.working_dir,
                 node_scratch=str(self._scratch.path) if self._scratch else "",
                 started_at=clock.wall_s(),
                 phases_s={name: round(seconds, 4) for name, seconds in self._phases_s.items()},
+                extra_ports=plan.extra_ports if plan else {},
+                notices=self._running.notices if self._running else [],
                 exit_reason=reason,
                 failure=failure,
             )
@@ -291,14 +262,17 @@ class NodeProgram:
     def _end(self, state: State, reason: str, failure: Failure | None) -> int:
         """Leave nothing behind, then say how it ended."""
         log.info("ending: %s", reason)
-        left = self._clean_up()
-        if left and failure is None:
-            state = "failed"
-            failure = Failure(
-                kind="ContainerError", what=f"The workspace on {_node()} left something behind.", evidence=left
-            )
-        if left:
-            log.error("left behind: %s", left)
+        if self._child_pid:
+            teardown.terminate(self._child_pid, grace_s=self._running.plan.grace_s if self._running else 0.0)
+        cleared = leftovers.clear(
+            lambda owner: owner == self._owner,
+            candidate_bases(os.environ),
+            kin=lambda: procfs.descendants(os.getpid()),
+            waited_for_pid=self._child_pid,
+        )
+        if cleared.left:
+            log.error("left behind: %s", ", ".join(cleared.left))
+            state, failure = "failed", left_behind(cleared.left, failure)
         try:
             self.directory.forget_secrets()
             self._publish(state, reason, failure)
@@ -308,49 +282,26 @@ class NodeProgram:
             self._door.close(reason if failure is None else failure.what)
         return 0 if state == "ended" else 1
 
-    def _clean_up(self) -> str:
-        """End every process, remove the scratch. Returns what is left, in words; empty is the proof of nothing."""
-        grace_s = self._plan.grace_s if self._plan else 0.0
-        processes = teardown.end_family(self._child_pid or None, self._tag, grace_s=grace_s)
-        left = [f"process {process.pid} ({process.name})" for process in processes]
-        if self._scratch:
-            left += [f"mount {point}" for point in procfs.mounts_below(str(self._scratch.path))]
-            left += [] if left else self._scratch.remove()
-        return ", ".join(left)
+
+def left_behind(left: list[str], before: Failure | None = None) -> Failure:
+    """The failure of a workspace of which something could not be cleared away; `before` is one that it had already."""
+    return Failure(
+        kind="ContainerError",
+        what=f"{f'{before.what} And it' if before else f'The workspace on {node_name()}'} left something behind.",
+        evidence="\n".join(([before.evidence] if before and before.evidence else []) + left),
+        leftovers=left,
+        remedy=f"On {node_name()}: hpc-workspace reap",
+    )
 
 
 def _as_failure(error: WorkspaceError) -> Failure:
     return Failure(kind=type(error).__name__, what=error.what, evidence=error.evidence, remedy=error.remedy)
 
 
-def _remedy_for(tail: str) -> str:
-    """What to try, where the log shows a known cause."""
-    for sign, remedy in _KNOWN_CAUSES.items():
-        if sign in tail:
-            return remedy
-    return ""
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
-# Source: messages of Apptainer 1.4.5, seen in its log.
-_KNOWN_CAUSES = {
-    "user namespace": "This node allows no unprivileged user namespaces: ask its administrators.",
-    "fakeroot": "This node may have no fakeroot for you (no lines in /etc/subuid): set use_fakeroot=False.",
-    "no space left": "The node's disk is full: free some of it, or point TMPDIR at one with room.",
-}
-
-
-def _node() -> str:
+def node_name() -> str:
     """This node's name as Slurm and SSH know it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
-
-
-def main(path: Path) -> int:
-    """Run the workspace in the directory `path`. Returns the exit code."""
-    os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
-        program = NodeProgram(WorkspaceDirectory(path.absolute()))
-    except WorkspaceError as error:
-        log.error("%s", error)
-        return 2
-    return program.run()

@@ -8,74 +8,74 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hpc_workspace import procfs
-from hpc_workspace.errors import ContainerError
+from hpc_workspace import clock, processes
+from hpc_workspace.errors import ContainerError, PrerequisiteError
+from hpc_workspace.owner import Owner
 
 _LAST_RESORT = "/tmp"  # noqa: S108 - made 0700 below
 _PREFIX = "hpcws-"
 _OWNER = "owner"
+_OWNER_MAX_BYTES = 1024
 _CANDIDATES = ("SLURM_TMPDIR", "TMPDIR")
 # unix(7): sun_path is 108 bytes; the longest name made below is 20.
 _LONGEST_SOCKET_BASE = 80
+# A directory without a mark is in the making, or its maker was killed in that moment; after so long it is the latter.
+_UNMARKED_MAX_S = 3600.0
+_REMOVE_TIMEOUT_S = 600.0
+_NAMED_LEFTOVERS = 5
+
+
+def candidate_bases(environment: Mapping[str, str]) -> list[Path]:
+    """The directories that may hold scratch, in order: `$SLURM_TMPDIR`, `$TMPDIR`, `/tmp`; each once."""
+    named = [*(environment[name] for name in _CANDIDATES if environment.get(name)), _LAST_RESORT]
+    return list(dict.fromkeys(Path(path) for path in named))
 
 
 def choose_base(environment: Mapping[str, str]) -> Path:
-    """The node-local directory with the most room: `$SLURM_TMPDIR`, `$TMPDIR` or `/tmp`.
+    """The candidate with the most room; the first of equals.
 
     Raises:
         ContainerError: none of them can be written.
     """
-    named = [*(environment[name] for name in _CANDIDATES if environment.get(name)), _LAST_RESORT]
-    usable = [path for path in map(Path, named) if os.access(path, os.W_OK | os.X_OK)]
+    candidates = candidate_bases(environment)
+    usable = [path for path in candidates if os.access(path, os.W_OK | os.X_OK)]
     if not usable:
-        raise ContainerError("No directory for scratch on this node can be written.", evidence=", ".join(named))
-    return max(usable, key=lambda path: shutil.disk_usage(path).free)
+        raise ContainerError(
+            "No directory for scratch on this node can be written.",
+            evidence=f"Tried: {', '.join(map(str, candidates))}.",
+            remedy="Set TMPDIR to a directory on this node's own disk.",
+        )
+    return max(usable, key=free_bytes)
 
 
-def _owner_mark(process: procfs.Process) -> str:
-    """A process's name for ever: its id alone may be given to another one day."""
-    return f"{process.pid} {process.start_ticks}"
-
-
-def remove_stale(base: Path) -> list[Path]:
-    """Remove this user's scratch directories below `base` whose node program is dead; returns them.
-
-    One that says no owner is left alone: it may be in the making.
-    """
-    removed = []
-    for path in base.glob(f"{_PREFIX}*"):
-        try:
-            mark = (path / _OWNER).read_text()
-            is_ours = path.lstat().st_uid == os.getuid() and not path.is_symlink()
-        except (OSError, ValueError):
-            continue
-        pid = mark.partition(" ")[0]
-        owner = procfs.read_process(int(pid)) if pid.isdigit() else None
-        if is_ours and pid.isdigit() and (owner is None or _owner_mark(owner) != mark):
-            remove_tree(path)
-            removed.append(path)
-    return removed
+def free_bytes(path: Path) -> int:
+    return shutil.disk_usage(path).free
 
 
 class Scratch:
-    """Directories of one workspace on this node. Made at once, removed by `remove`."""
+    """Directories of one workspace on this node, marked with their owner.
 
-    def __init__(self, base: Path) -> None:
+    Args:
+        base: the directory to make them in.
+        owner: the process that they live and die with.
+    """
+
+    def __init__(self, base: Path, owner: Owner) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         self.sockets = self.path
         if len(os.fsencode(self.path)) > _LONGEST_SOCKET_BASE:
             self.sockets = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_LAST_RESORT))
-        own = procfs.read_process(os.getpid())
         for path in {self.path, self.sockets}:
-            (path / _OWNER).write_text(_owner_mark(own) if own else "")
+            (path / _OWNER).write_text(str(owner))
         self.run = self._made(self.sockets, "run")
         self.private = self._made(self.path, "private")
         self.workspace = self._made(self.path, "workspace")
         self.tmp = self._made(self.path, "tmp")
         self.overlay = self._made(self.path, "overlay")
+        self.working_dir = self._made(self.path, "working_dir")
 
     @staticmethod
     def _made(parent: Path, name: str) -> Path:
@@ -89,7 +89,13 @@ class Scratch:
 
     @property
     def server_socket(self) -> Path:
+        """Where the bundled server listens, as the node sees it. Its directory is bound into the container."""
         return self.run / "server.sock"
+
+    @property
+    def kept_server_socket(self) -> Path:
+        """A second name for the server's socket, out of the container's reach."""
+        return self.sockets / "server.sock"
 
     def write_private(self, name: str, text: str) -> Path:
         """Write a 0600 file that only this user can reach."""
@@ -99,14 +105,51 @@ class Scratch:
             file.write(text)
         return path
 
-    def remove(self) -> list[str]:
-        """Remove all of it. Returns what could not be removed: paths, empty if nothing is left."""
-        for path in {self.path, self.sockets}:
-            remove_tree(path)
-        return [str(path) for path in sorted({self.path, self.sockets}) if path.exists()]
+    def new_overlay(self) -> None:
+        """An empty overlay in place of one that a failed start may have begun."""
+        remove_tree(self.overlay)
+        self.overlay.mkdir(mode=0o700)
 
 
-def remove_tree(path: Path) -> None:
+def find_scratch(bases: list[Path]) -> Iterator[tuple[Path, Owner | None]]:
+    """This user's scratch directories below `bases`, with their owners; None where there is no mark and won't be one.
+
+    One that is in the making is left out.
+    """
+    for path in (path for base in bases for path in base.glob(f"{_PREFIX}*")):
+        try:
+            found = path.lstat()
+        except OSError:
+            continue
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            continue
+        owner = _read_owner(path / _OWNER)
+        if owner is not None or clock.wall_s() - found.st_mtime > _UNMARKED_MAX_S:
+            yield path, owner
+
+
+def _read_owner(path: Path) -> Owner | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        return Owner.parse(file.read(_OWNER_MAX_BYTES).decode("utf-8", "replace"))
+
+
+def remove_tree(path: Path) -> list[str]:
+    """Remove a tree, also what belongs to subordinate ids of ours.
+
+    Returns: what could not be removed, a path and its owner's id each; empty if nothing is left.
+    """
+    if path.exists():
+        _remove_own(path)
+    if path.exists() and os.getuid() != 0:
+        _remove_in_user_namespace(path)
+    return _name_leftovers(path) if path.exists() else []
+
+
+def _remove_own(path: Path) -> None:
     """Remove a tree as far as this user can, opening directories that were closed on the way (overlay's `work`)."""
 
     def open_and_retry(function: object, name: str, error: object) -> None:
@@ -116,9 +159,30 @@ def remove_tree(path: Path) -> None:
                     closed.chmod(0o700)
             shutil.rmtree(name) if Path(name).is_dir() and not Path(name).is_symlink() else Path(name).unlink()
 
-    if path.exists():
-        # onerror is deprecated in 3.12 for onexc, which 3.11 does not have; both call with three arguments.
-        if sys.version_info >= (3, 12):
-            shutil.rmtree(path, onexc=open_and_retry)
+    # onerror is deprecated in 3.12 for onexc, which 3.11 does not have; both call with three arguments.
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(path, onexc=open_and_retry)
+    else:
+        shutil.rmtree(path, onerror=open_and_retry)
+
+
+def _remove_in_user_namespace(path: Path) -> None:
+    argv = [sys.executable, "-m", "hpc_workspace.node.remover", str(path)]
+    # Whether it worked is seen on the disk.
+    with contextlib.suppress(processes.ProgramTimeoutError, PrerequisiteError):
+        processes.run(argv, timeout_s=_REMOVE_TIMEOUT_S)
+
+
+def _name_leftovers(path: Path) -> list[str]:
+    """The deepest things that are left, or that can't be looked into."""
+    leaves = []
+    for folder, directories, files in os.walk(path):
+        if not directories or not os.access(folder, os.W_OK | os.X_OK):
+            leaves += [Path(folder, name) for name in files] or [Path(folder)]
         else:
-            shutil.rmtree(path, onerror=open_and_retry)
+            leaves += [Path(folder, name) for name in files]
+    named = []
+    for leaf in leaves[:_NAMED_LEFTOVERS]:
+        with contextlib.suppress(OSError):
+            named.append(f"{leaf} (of user id {leaf.lstat().st_uid})")
+    return named or [str(path)]

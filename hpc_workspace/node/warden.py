@@ -1,0 +1,122 @@
+"""The outer of a node program's two processes: waits for the inner one and clears up after it if it was killed.
+
+Either of the two may be killed and the other still leaves nothing behind: the warden ends what the node program had,
+and a node program whose warden dies gets a TERM from the kernel and ends itself. What is left when both are killed at
+one blow goes with the end of the job, or with this user's next start on the node.
+
+The warden is the process that Slurm signals and that the record names; it passes signals on and does nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from pathlib import Path
+
+from hpc_workspace import clock, procfs
+from hpc_workspace.errors import RendezvousError, WorkspaceError
+from hpc_workspace.node import leftovers, teardown
+from hpc_workspace.node.program import END_SIGNALS, NodeProgram, left_behind, node_name
+from hpc_workspace.node.scratch import candidate_bases
+from hpc_workspace.owner import Owner
+from hpc_workspace.record import Failure, Record, Spec
+from hpc_workspace.rendezvous import WorkspaceDirectory
+
+log = logging.getLogger(__name__)
+
+
+def main(path: Path) -> int:
+    """Run the workspace in the directory `path`. Returns the exit code: 0 unless it failed."""
+    os.umask(0o077)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    directory = WorkspaceDirectory(path.absolute())
+    owner = Owner.of(os.getpid())
+    try:
+        program = NodeProgram(directory, owner)
+    except WorkspaceError as error:
+        log.error("%s", error)
+        return 2
+    teardown.become_subreaper()
+    began_s = clock.wall_s()
+    warden_pid = os.getpid()
+    child = os.fork()
+    if child == 0:
+        teardown.end_with_parent(warden_pid, signal.SIGTERM)
+        return program.run()
+    for number in (*END_SIGNALS, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: _pass_on(child, number))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if _has_said_how_it_ended(directory, program.spec):
+        return code
+    return _clear_up(directory, program.spec, owner, code, began_s)
+
+
+def _pass_on(child: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, number)
+
+
+def _has_said_how_it_ended(directory: WorkspaceDirectory, spec: Spec) -> bool:
+    try:
+        record = directory.read_record()
+    except (RendezvousError, OSError) as error:
+        log.warning("the record can't be read: %s", error)
+        return False
+    return record is not None and record.launch_id == spec.launch_id and record.is_final
+
+
+def _clear_up(directory: WorkspaceDirectory, spec: Spec, owner: Owner, code: int, began_s: float) -> int:
+    """Do what the node program could not do any more: end everything, remove everything, say so in the record."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    log.error("the node program %s: clearing up after it", how)
+    cleared = leftovers.clear(
+        lambda found: found == owner,
+        candidate_bases(os.environ),
+        kin=lambda: procfs.descendants(os.getpid()),
+    )
+    failure = Failure(
+        kind="ContainerError",
+        what=f"The node program of workspace {spec.workspace_id} on {node_name()} {how}.",
+        evidence=f"Its processes and its scratch were cleared away; see {directory.node_log}.",
+    )
+    if cleared.left:
+        log.error("left behind: %s", ", ".join(cleared.left))
+        failure = left_behind(cleared.left, failure)
+    try:
+        directory.forget_secrets()
+        directory.publish(_final_record(directory, spec, owner, failure, began_s))
+    except (WorkspaceError, OSError) as error:
+        log.error("the record can't be written: %s", error)
+    return 1
+
+
+def _final_record(directory: WorkspaceDirectory, spec: Spec, owner: Owner, failure: Failure, began_s: float) -> Record:
+    """The record's last state: the node program's own, if it published one, with the failure."""
+    end = {"state": "failed", "exit_reason": failure.what, "failure": failure}
+    try:
+        known = directory.read_record()
+    except (RendezvousError, OSError):
+        known = None
+    if known is not None and known.launch_id == spec.launch_id:
+        return known.model_copy(update=end)
+    return Record(
+        workspace_id=spec.workspace_id,
+        launch_id=spec.launch_id,
+        job_id=os.environ.get("SLURM_JOB_ID"),
+        restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        state="failed",
+        node=node_name(),
+        port=0,
+        socket="",
+        owner=str(owner),
+        runtime=spec.runtime,
+        server=spec.server,
+        working_dir=spec.working_dir,
+        node_scratch="",
+        started_at=began_s,
+        exit_reason=failure.what,
+        failure=failure,
+    )
