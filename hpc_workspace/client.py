@@ -40,6 +40,7 @@ _KEEPALIVE_S = {"bundled": 45.0, "image": 2.5}
 _ANSWER_TIMEOUT_S = 60.0
 _GRACE_S = 15.0
 _UNPROCESSABLE = 422
+_UNAVAILABLE = 503
 _COPY_BYTES = 1024 * 1024
 _POLLS_S = (0.01, 0.25)
 
@@ -216,7 +217,8 @@ class AgentServerClient:
                         timeout_occurred=bool(event.get("timeout_occurred")),
                     )
             if not ended:
-                raise CommandError("The stream of a command ended before the command did.", command=command)
+                cut = CommandError("The stream of a command ended before the command did.", command=command)
+                raise self._explain(cut)
         finally:
             response.close()
 
@@ -376,7 +378,8 @@ class AgentServerClient:
             detail = response.read()[:2000].decode("utf-8", "replace")
         finally:
             response.close()
-        raise _response_error(what, response.status_code, detail)
+        refused = _response_error(what, response.status_code, detail)
+        raise self._explain(refused) if response.status_code == _UNAVAILABLE else refused
 
     def _guarded(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """`pieces`, with what can break while a body is read as one of our errors."""

@@ -23,6 +23,8 @@ def bash_routes(table: CommandTable) -> list[Route]:
     async def execute(request: Request) -> Response:
         command = table.start(await read_command_request(request))
         await command.finished.wait()
+        if command.is_cut_short:
+            raise RequestError("the server is ending, and ended the command", 503)
         return JSONResponse(command.result_json())
 
     async def start(request: Request) -> Response:
@@ -109,7 +111,7 @@ class CommandStream(Response):
     """NDJSON of a command's output as it comes; a slow reader slows the command.
 
     Lines: `{"id"}`, then `{"stream", "data_b64"}`, last what `Command.outcome_json` tells. For a command that runs
-    already (same id), it begins at the beginning.
+    already (same id), it begins at the beginning. Without a last line of that kind, the server ended before it did.
     """
 
     def __init__(self, command: Command, *, kill_on_disconnect: bool) -> None:
@@ -152,7 +154,8 @@ class CommandStream(Response):
                     await follower.wait()
         finally:
             self._command.unfollow(follower)
-        yield {"kind": "BashOutput", "command_id": self._command.id} | self._command.outcome_json()
+        if not self._command.is_cut_short:
+            yield {"kind": "BashOutput", "command_id": self._command.id} | self._command.outcome_json()
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

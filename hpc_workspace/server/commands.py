@@ -106,6 +106,8 @@ class Command:
         self.logs = {name: OutputLog(spool_dir / f"{request.id}.{name}") for name in STREAMS}
         self.exit_code: int | None = None
         self.has_timed_out = False
+        # Ended because the server ends: its exit code says nothing of the command, so nobody is told one.
+        self.is_cut_short = False
         self.finished = asyncio.Event()
         self.duration_s: float | None = None
         self.events: list[Event] = []

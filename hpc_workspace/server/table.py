@@ -119,7 +119,9 @@ class CommandTable:
         return command
 
     async def end_all(self, *, grace_s: float) -> None:
-        """End every running command: TERM, `grace_s`, KILL."""
+        """End every running command, because the server ends: TERM, `grace_s`, KILL. Nobody is told a result."""
+        for command in self.running:
+            command.is_cut_short = True
         sessions = [command.session for command in self.running if command.session is not None]
         await asyncio.gather(*(end_session(session, grace_s=grace_s) for session in sessions))
 

@@ -244,3 +244,18 @@ def test_idle_time_is_zero_while_a_command_runs_and_grows_after(server: RunningS
     assert server.info()["running_commands"] == 1
     server.http.post(f"/api/bash/bash_commands/{started['id']}/stop")
     assert eventually(lambda: server.info()["idle_time"]) > 0
+
+
+def test_a_command_that_ends_because_the_server_ends_has_no_result(tmp_path: Path) -> None:
+    own = RunningServer(tmp_path)
+    answers = []
+    body = {"command": "sleep 60"}
+    asking = threading.Thread(
+        target=lambda: answers.append(own.client().post("/api/bash/execute_bash_command", json=body))
+    )
+    asking.start()
+    eventually(lambda: own.info()["running_commands"])
+    own.process.terminate()
+    asking.join(10)
+    own.stop()
+    assert [answer.status_code for answer in answers] == [503]
