@@ -191,9 +191,14 @@ def require_image(path: str) -> None:
         )
 
 
-def build_pull_argv(runtime: Runtime, target: str, reference: str, *, arch: str, plain_http: bool) -> list[str]:
-    """The argv that fetches `reference` (docker://…, oras://…) and converts it to the SIF file `target`."""
-    return [runtime, "pull", "--arch", arch, *(["--no-https"] if plain_http else []), target, reference]
+def build_pull_argv(runtime: Runtime, target: str, reference: str, *, arch: str, use_cache: bool) -> list[str]:
+    """The argv that fetches `reference` (docker://…, oras://…) and converts it to the SIF file `target`.
+
+    Args:
+        use_cache: whether what the runtime's own cache holds under the registry's present digest is taken from there;
+            then a reference that has not changed costs one request and a copy.
+    """
+    return [runtime, "pull", "--arch", arch, *([] if use_cache else ["--disable-cache"]), target, reference]
 
 
 def build_verify_argv(runtime: Runtime, image: str, *, key: str | None) -> list[str]:

@@ -40,6 +40,11 @@ def store_path(store: Path, reference: str, platform: str) -> Path:
 def resolve(image: str, *, runtime: str, store: Path, platform: str, pull_policy: str) -> str:
     """The path of the SIF file or sandbox directory for `image`, fetched if need be.
 
+    Args:
+        pull_policy: for references. `missing`: what the store has is taken. `newer`: the registry is asked, and what it
+            has now is fetched unless the runtime's cache has it. `always`: fetched whatever the cache has. `never`:
+            what the store has, or an error.
+
     Raises:
         ImageError: it is missing, is no image, or can't be fetched.
         PrerequisiteError: it must be fetched, and there is no Apptainer here.
@@ -50,23 +55,24 @@ def resolve(image: str, *, runtime: str, store: Path, platform: str, pull_policy
         apptainer.require_image(path)
         return path
     target = store_path(store, reference, platform)
-    if target.exists() and pull_policy != "always":
+    asks_registry = pull_policy in ("always", "newer")
+    if target.exists() and not asks_registry:
         return str(target)
     if pull_policy == "never":
         raise ImageError(f"{reference} is not in the store {store}.", remedy="Set pull_policy='missing' to fetch it.")
     store.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locks.tidily(target.with_suffix(".lock"), _LOCK_TIMEOUT_S):
         # Somebody else may have fetched it while we waited.
-        if pull_policy == "always" or not target.exists():
-            _pull(reference, target, apptainer.choose_runtime(runtime), platform)
+        if asks_registry or not target.exists():
+            _pull(reference, target, apptainer.choose_runtime(runtime), platform, use_cache=pull_policy != "always")
     return str(target)
 
 
-def _pull(reference: str, target: Path, runtime: apptainer.Runtime, platform: str) -> None:
+def _pull(reference: str, target: Path, runtime: apptainer.Runtime, platform: str, *, use_cache: bool) -> None:
     """Fetch and convert `reference` beside `target`, then put it in place, whole or not at all."""
     aside = target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")
     argv = apptainer.build_pull_argv(
-        runtime, str(aside), reference, arch=platform.partition("/")[2] or platform, plain_http=False
+        runtime, str(aside), reference, arch=platform.partition("/")[2] or platform, use_cache=use_cache
     )
     prefix = runtime.upper()
     environment = dict(os.environ) | {f"{prefix}_CACHEDIR": str(target.parent), f"{prefix}_TMPDIR": str(target.parent)}

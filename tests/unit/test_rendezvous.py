@@ -24,7 +24,7 @@ def make_spec(workspace_id: str = "ws-0123456789") -> Spec:
 def make_record(**changes: object) -> Record:
     values: dict[str, object] = {
         "workspace_id": "ws-0123456789", "launch_id": "l1", "job_id": None, "restart_count": 0, "state": "ready",
-        "node": "n01", "port": 4000, "socket": "/tmp/s", "pid": 1, "runtime": "process", "server": "bundled",
+        "node": "n01", "port": 4000, "socket": "/tmp/s", "owner": "n01 boot ns 1 2", "runtime": "process", "server": "bundled",
         "working_dir": "/w", "node_scratch": "/tmp/x", "started_at": 1.0,
     }  # fmt: skip
     return Record.model_validate(values | changes)
