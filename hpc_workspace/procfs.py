@@ -149,7 +149,17 @@ def _link(path: str) -> str:
         return ""
 
 
+def mounts_of(pid: int | str) -> list[tuple[str, str]]:
+    """Mount point and file system type of each mount that a process sees; none if it is gone. proc(5), mountinfo."""
+    try:
+        lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    except OSError:
+        return []
+    rows = (line.split() for line in lines)
+    return [(fields[4], fields[fields.index("-") + 1]) for fields in rows]
+
+
 def mounts_below(path: str) -> list[str]:
     """Mount points at or below `path` in this mount namespace."""
-    points = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    points = (point for point, _ in mounts_of("self"))
     return [point for point in points if point == path or point.startswith(path.rstrip("/") + "/")]

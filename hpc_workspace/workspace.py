@@ -156,6 +156,11 @@ class Workspace:
         return self._require_record().working_dir
 
     @property
+    def notices(self) -> list[str]:  # type: ignore[valid-type]  # the method list hides it
+        """What is not as it was asked for, with the reason: a fall-back, a limit. Empty where all is."""
+        return [*self._require_record().notices]
+
+    @property
     def api_key(self) -> str:
         """The session key of the agent server."""
         self._require_client()

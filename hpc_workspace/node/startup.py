@@ -126,11 +126,10 @@ class Startup:
         plan = make_plan(spec, self._given)
         child = self._spawn(plan)
         self._wait_answers(plan, child)
-        inside = _processes_inside(child)
         if spec.max_processes is not None:
             limits.limit_processes(lambda: _processes_inside(child), spec.max_processes)
-        if plan.writable == "tmpfs" and inside:
-            self._notices.append(_describe_tmpfs(inside[-1].pid))
+        if plan.writable == "tmpfs":
+            self._notices.append(_describe_tmpfs(child))
             log.warning("%s", self._notices[-1])
         return Running(replace(plan, address=self._out_of_reach(plan.address)), child, self._notices)
 
@@ -227,14 +226,18 @@ def _processes_inside(child: processes.Child) -> list[procfs.Process]:
     return [process for process in procfs.descendants(child.pid) if procfs.is_elsewhere(process.pid, "pid")]
 
 
-def _describe_tmpfs(pid: int) -> str:
-    """How much room the container's root has, seen through one of its processes; proc(5), /proc/pid/root."""
-    try:
-        found = os.statvfs(f"/proc/{pid}/root/")
-    except OSError as error:
-        size = f"how much it may be is hidden ({error})"
-    else:
-        size = f"at most {found.f_frsize * found.f_blocks // 2**20} MiB"
+def _describe_tmpfs(child: processes.Child) -> str:
+    """How much room the container's root has: that of the tmpfs which the runtime keeps beside it.
+
+    Asked of that and not of the root, a FUSE file system that answers its own user namespace alone. Source: mountinfo
+    of the starter of Apptainer 1.4.5.
+    """
+    size = "its size is not known"
+    for point, kind in procfs.mounts_of(child.pid):
+        if kind == "tmpfs" and point.endswith("/mnt/session/tmpfs"):
+            with contextlib.suppress(OSError):
+                found = os.statvfs(f"/proc/{child.pid}/root{point}")
+                size = f"at most {found.f_frsize * found.f_blocks // 2**20} MiB"
     return f"writable='tmpfs': what is written outside /tmp and /workspace is in memory, {size}"
 
 

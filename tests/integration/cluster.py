@@ -8,13 +8,38 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 NODES = ("login", "n01", "n02", "n03")
 COMPUTE = NODES[1:]
 VENV = "/shared/venv/bin"
+TINY, SERVER = "/shared/images/tiny.sif", "/shared/images/agent-server.sif"
 _QUIET_TIMEOUT_S = 15
+TOLD = "TOLD "
+# What pieces of Python that run in a node begin with.
+PRELUDE = f"""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+from hpc_workspace import ApptainerWorkspace, SlurmOptions, Workspace, errors
+from hpc_workspace.errors import WorkspaceError
+TINY, SERVER = {TINY!r}, {SERVER!r}
+SLURM = SlurmOptions(partition="cpu", time="00:10:00", mem="2G")
+def tell(**values):
+    print({TOLD!r} + json.dumps(values), flush=True)
+def error_of(call):
+    try:
+        call()
+    except WorkspaceError as error:
+        return {{"kind": type(error).__name__, "text": str(error)}}
+    return None
+def warden_of(workspace):
+    return int(workspace._record.owner.split()[3])
+def program_of(workspace):
+    warden = warden_of(workspace)
+    return int(Path(f"/proc/{{warden}}/task/{{warden}}/children").read_text().split()[0])
+"""
 
 
 def why_no_cluster() -> str:
@@ -72,6 +97,24 @@ class Cluster:
     def python(self, node: str, code: str, *, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
         """A piece of Python in a node, with the wheel installed."""
         return self.run(node, [f"{VENV}/python", "-c", code], timeout_s=timeout_s)
+
+    def tell(
+        self, node: str, code: str, *, env: Mapping[str, str] | None = None, timeout_s: float = 180
+    ) -> dict[str, Any]:
+        """What a piece of Python in a node tells by calling `tell(name=value, …)`, and its stderr as `stderr`.
+
+        `PRELUDE` stands before it. A piece that fails fails the test.
+        """
+        flags = [f"--env={name}={value}" for name, value in (env or {}).items()]
+        command = [f"{VENV}/python", "-c", PRELUDE + code]
+        argv = [self._program, "exec", node, "--user", "tester", *flags, "--", *command]
+        ended = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        told: dict[str, Any] = {"stderr": ended.stderr}
+        for line in ended.stdout.splitlines():
+            if line.startswith(TOLD):
+                told |= json.loads(line.removeprefix(TOLD))
+        return told
 
     def open(self, node: str, command: Sequence[str]) -> subprocess.Popen[str]:
         """A command in a node that the test talks to."""
