@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,19 +236,42 @@ class Cause:
 
 
 def find_cause(log: str) -> Cause | None:
-    """The first known cause in what the runtime printed; None if there is none."""
+    """The first known cause in what the runtime printed; None if there is none.
+
+    Only lines in which the runtime gives up count: `FATAL:` from its Go part, `ERROR  :` from its C part, and what the
+    programs that it calls print, which stands by itself.
+    """
     for line in log.splitlines():
-        for sign, option, remedy in _CAUSES:
-            if sign in line.lower():
-                said = "".join(c for c in line.strip() if c.isprintable())
-                return Cause(option, said, remedy)
+        for sign, option, remedy in _CAUSES if _GIVES_UP.search(line) else ():
+            if sign in line:
+                return Cause(option, _ESCAPE.sub("", line).strip(), remedy)
     return None
 
 
-# Source: messages of Apptainer 1.4.5, seen in its log.
+_GIVES_UP = re.compile(r"FATAL:|ERROR\s*:")
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m|[\x00-\x1f\x7f]")
+_FAKEROOT = ("use_fakeroot", "Set use_fakeroot=False, or ask for 65536 ids in /etc/subuid and /etc/subgid.")
+_OVERLAY = ("writable", "Set writable='none' and write below /workspace and /tmp, or TMPDIR to another disk.")
+_NO_NAMESPACES = ("", "This node allows no unprivileged user namespaces: ask its administrators.")
+_KEY = ("", "Set encryption_pem to the private key (PKCS#1) or APPTAINER_ENCRYPTION_PASSPHRASE to the passphrase.")
+# Messages of Apptainer 1.4.5, each made to appear on a node; the first that fits counts.
 _CAUSES = (
-    ("fakeroot", "use_fakeroot", "Set use_fakeroot=False, or ask for lines in /etc/subuid and /etc/subgid."),
-    ("overlay", "writable", "Set writable='tmpfs' or 'none', or TMPDIR to a directory on this node's own disk."),
-    ("user namespace", "", "This node allows no unprivileged user namespaces: ask its administrators."),
+    ("Failed to create user namespace", *_NO_NAMESPACES),
+    # clone(2) gives ENOSPC where max_user_namespaces is used up: no disk is full.
+    ("Failed to create container process", *_NO_NAMESPACES),
+    ("newuidmap", *_FAKEROOT),
+    ("newgidmap", *_FAKEROOT),
+    ("could not use fakeroot", *_FAKEROOT),
+    ("--fakeroot requires", *_FAKEROOT),
+    ("requires 'enable overlay'", *_OVERLAY),
+    ("overlay upper dir failed", *_OVERLAY),
+    ("can't mount overlay filesystem", *_OVERLAY),
+    ("while loading overlay images", *_OVERLAY),
+    ("required option --passphrase or --pem-path missing", *_KEY),
+    ("decrypt", *_KEY),
+    ("failed to unlock master key", *_KEY),
+    ("gocryptfs", "", "This node has no gocryptfs, which encrypted images need."),
+    ("fuse: device not found", "", "This node has no /dev/fuse: ask its administrators."),
+    ("open /etc/resolv.conf", "", "This node's /etc/resolv.conf is a link to nothing: ask its administrators."),
     ("no space left", "", "The node's disk is full: free some of it, or point TMPDIR at one with room."),
 )

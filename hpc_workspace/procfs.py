@@ -75,10 +75,14 @@ def environment_value(pid: int, name: str) -> str | None:
     return None if found is None else found[len(wanted) :].decode("utf-8", "surrogateescape")
 
 
+def namespace(pid: int | str, kind: str) -> str:
+    """The namespace of `kind` (pid, user, mnt, net) that a process is in; empty if that is hidden. namespaces(7)."""
+    return _link(f"/proc/{pid}/ns/{kind}")
+
+
 def is_elsewhere(pid: int, kind: str) -> bool:
-    """Whether a process is in another namespace of `kind` (pid, user, mnt, net) than this one, as far as it shows."""
-    theirs = _link(f"/proc/{pid}/ns/{kind}")
-    return theirs not in ("", _link(f"/proc/self/ns/{kind}"))
+    """Whether a process is in another namespace of `kind` than this one, as far as it shows."""
+    return namespace(pid, kind) not in ("", namespace("self", kind))
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,14 @@ def _link(path: str) -> str:
         return os.readlink(path)
     except OSError:
         return ""
+
+
+def mounts_mention(pid: int, text: str) -> bool:
+    """Whether `text` stands in the list of mounts that a process sees, as a source of one, say."""
+    try:
+        return text in Path(f"/proc/{pid}/mountinfo").read_text()
+    except OSError:
+        return False
 
 
 def mounts_of(pid: int | str) -> list[tuple[str, str]]:

@@ -55,14 +55,15 @@ def clear(
         waited_for_pid: a child that somebody else here waits for.
         looks: how many in a row must find nobody; one is enough for what died long ago.
     """
-    ended, left = teardown.end_all(lambda: [*kin(), *_tagged(is_due)], waited_for_pid=waited_for_pid, looks=looks)
+    due_scratch = [path for path, owner in scratch.find_scratch(bases) if is_due(owner)]
+    ended, left = teardown.end_all(
+        lambda: [*kin(), *_belonging(is_due, due_scratch)], waited_for_pid=waited_for_pid, looks=looks
+    )
     cleared = Cleared(ended=_described(ended), left=_described(left))
-    for path, owner in list(scratch.find_scratch(bases)):
-        if not is_due(owner):
-            continue
+    for path in due_scratch:
         mounted = _unmount_below(path)
         # Never into a mount: what is behind it may be anybody's.
-        remaining = [f"mount {point}" for point in mounted] or scratch.remove_tree(path)
+        remaining = [f"mount {point}" for point in mounted] or scratch.remove_scratch(path)
         cleared.left += remaining
         if not remaining:
             cleared.removed.append(str(path))
@@ -74,21 +75,43 @@ def is_stale(owner: Owner | None) -> bool:
     return owner is None or owner.fate() == "dead"
 
 
-def _tagged(is_due: Callable[[Owner | None], bool]) -> Iterator[Process]:
-    """The processes that carry a mark that is due, and their descendants."""
+def _belonging(is_due: Callable[[Owner | None], bool], due_scratch: list[Path]) -> Iterator[Process]:
+    """The processes of owners that are due, by every sign there is.
+
+    The mark in the environment, the user namespace of one that has it, a mount of the owner's scratch (the runtime
+    cleans the environment of its FUSE helpers; Apptainer 1.4.5), and descent from any of these.
+    """
     everybody = procfs.read_processes()
+    everybody.pop(os.getpid(), None)  # `reap` itself may run inside of a workspace
+    marked = _marked(is_due, everybody)
+    namespaces = {procfs.namespace(pid, "user") for pid in marked if procfs.is_elsewhere(pid, "user")}
+    found = {
+        pid
+        for pid in everybody
+        if pid in marked or procfs.namespace(pid, "user") in namespaces or _mounts_any(pid, due_scratch)
+    }
+    kin = {child.pid for pid in found for child in procfs.descendants(pid, everybody)}
+    yield from (everybody[pid] for pid in found | kin)
+
+
+def _marked(is_due: Callable[[Owner | None], bool], everybody: dict[int, Process]) -> set[int]:
     verdicts: dict[str, bool] = {}
-    del everybody[os.getpid()]  # `reap` itself may run inside of a workspace
-    for process in everybody.values():
-        tag = procfs.environment_value(process.pid, TAG_NAME)
+    marked = set()
+    for pid in everybody:
+        tag = procfs.environment_value(pid, TAG_NAME)
         if tag is None:
             continue
         if tag not in verdicts:
             owner = Owner.parse(tag.rpartition("/")[2])
             verdicts[tag] = owner is not None and is_due(owner)
         if verdicts[tag]:
-            yield process
-            yield from procfs.descendants(process.pid, everybody)
+            marked.add(pid)
+    return marked
+
+
+def _mounts_any(pid: int, scratch_paths: list[Path]) -> bool:
+    # The names are random: one in another mount namespace than ours is a bind of that scratch.
+    return procfs.is_elsewhere(pid, "mnt") and any(procfs.mounts_mention(pid, path.name) for path in scratch_paths)
 
 
 def _unmount_below(path: Path) -> list[str]:

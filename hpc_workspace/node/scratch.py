@@ -137,6 +137,15 @@ def _read_owner(path: Path) -> Owner | None:
         return Owner.parse(file.read(_OWNER_MAX_BYTES).decode("utf-8", "replace"))
 
 
+def remove_scratch(path: Path) -> list[str]:
+    """Remove a scratch directory; its mark goes last, so that what can't be removed now is still known later.
+
+    Returns: as `remove_tree`.
+    """
+    left = [text for child in path.iterdir() if child.name != _OWNER for text in remove_tree(child)]
+    return left or remove_tree(path)
+
+
 def remove_tree(path: Path) -> list[str]:
     """Remove a tree, also what belongs to subordinate ids of ours.
 

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from hpc_workspace import apptainer, clock, processes, procfs
 from hpc_workspace.errors import ContainerError, ServerNotReadyError
@@ -128,6 +129,9 @@ class Startup:
         self._wait_answers(plan, child)
         if spec.max_processes is not None:
             limits.limit_processes(lambda: _processes_inside(child), spec.max_processes)
+        if spec.use_fakeroot and _has_one_user(_processes_inside(child)):
+            self._notices.append(_ONE_USER)
+            log.warning("%s", _ONE_USER)
         if plan.writable == "tmpfs":
             self._notices.append(_describe_tmpfs(child))
             log.warning("%s", self._notices[-1])
@@ -224,6 +228,22 @@ _NEXT_WRITABLE = {"overlay": "tmpfs", "tmpfs": "none"}
 def _processes_inside(child: processes.Child) -> list[procfs.Process]:
     """The processes of the container: those of the server's that are in another PID namespace than this one."""
     return [process for process in procfs.descendants(child.pid) if procfs.is_elsewhere(process.pid, "pid")]
+
+
+_ONE_USER = (
+    "use_fakeroot: you have no lines in /etc/subuid and /etc/subgid here, so that you are root inside, but can't give "
+    "files to anybody else"
+)
+
+
+def _has_one_user(inside: list[procfs.Process]) -> bool:
+    """Whether the container's user namespace maps one id alone; user_namespaces(7), uid_map: inside, outside, count."""
+    if not inside:
+        return False
+    with contextlib.suppress(OSError):
+        counts = Path(f"/proc/{inside[0].pid}/uid_map").read_text().split()[2::3]
+        return counts == ["1"]
+    return False
 
 
 def _describe_tmpfs(child: processes.Child) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,21 @@ VENV = "/shared/venv/bin"
 TINY, SERVER = "/shared/images/tiny.sif", "/shared/images/agent-server.sif"
 _QUIET_TIMEOUT_S = 15
 TOLD = "TOLD "
+_SESSION = """
+import glob, json, sys
+found = {}
+for path in glob.glob("/proc/[0-9]*"):
+    try:
+        environ, argv = open(path + "/environ", "rb").read(), open(path + "/cmdline", "rb").read()
+        name = open(path + "/comm").read().strip()
+    except OSError:
+        continue
+    if b"HPC_WORKSPACE_SESSION=" + sys.argv[1].encode() in environ:
+        found[path[6:]] = name
+    elif b"-m\\0hpc_workspace.node\\0" in argv and argv.strip(b"\\0").endswith(sys.argv[1].encode()):
+        found[path[6:]] = "node program"
+print(json.dumps(found))
+"""
 # What pieces of Python that run in a node begin with.
 PRELUDE = f"""
 import json, os, signal, subprocess, sys, time
@@ -122,8 +138,17 @@ class Cluster:
             self.argv(node, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    def leftovers(self) -> dict[str, str]:
-        """What of the tester's is left on any node or in the queue: processes, scratch, jobs. Empty when all is gone.
+    def session(self, node: str, workspace_id: str) -> dict[int, str]:
+        """The processes on `node` that carry the mark of a workspace, and its two node programs: id and name."""
+        found = json.loads(self.run(node, ["python3", "-c", _SESSION, workspace_id], user="root").stdout)
+        return {int(pid): name for pid, name in found.items()}
+
+    def kill(self, node: str, *pids: int, number: int = signal.SIGKILL) -> None:
+        """Signal processes at one blow: none of them has the time to do something about the others."""
+        self.run(node, ["kill", f"-{int(number)}", *map(str, pids)], user="root")
+
+    def leftovers(self, nodes: Sequence[str] = COMPUTE) -> dict[str, str]:
+        """What of the tester's is left on nodes or in the queue: processes, mounts, scratch, jobs. Empty if all is gone.
 
         A job that has just ended is given time to leave the queue: the wait is Slurm's, in `scontrol wait_job`-like
         looks by squeue itself (`--iterate` has no end), so a loop of `srun true` would be no more of an event.
@@ -132,9 +157,9 @@ class Cluster:
         script = (
             f"for i in $(seq {_QUIET_TIMEOUT_S * 5}); do "
             'left="$(ps -u tester -o args= | grep -v -e "^sh -c" -e "^ps -u" -e "^grep" -e "^sleep" -e "^seq")'
-            '$(ls -d /tmp/hpcws-* 2>/dev/null)"; [ -z "$left" ] && exit 0; sleep 0.2; done; echo "$left"'
+            '$(ls -d /tmp/hpcws-* 2>/dev/null)$(grep -l hpcws- /proc/[0-9]*/mountinfo 2>/dev/null)"; [ -z "$left" ] && exit 0; sleep 0.2; done; echo "$left"'
         )
-        for node in COMPUTE:
+        for node in nodes:
             if left := self.run(node, ["sh", "-c", script], user="root").stdout.strip():
                 found[node] = left
         if jobs := self.run("login", ["squeue", "--noheader", "--user=tester"]).stdout.strip():

@@ -189,3 +189,37 @@ def test_a_wrapped_command_is_the_command(value: str, tmp_path: Path) -> None:
 
     wrapped = wrap_command('printf %s "$X"; cat', str(tmp_path), {"X": value})
     assert processes.run(["sh", "-c", wrapped], timeout_s=10).stdout == value
+
+
+# Each was printed by Apptainer 1.4.5 on a node where that could not be done.
+SAID = {
+    "use_fakeroot": [
+        "\x1b[91mERROR  : 'newgidmap' execution failed. Check that 'newgidmap' is setuid root or has setcap cap_setgid+eip.\x1b[0m",
+        "FATAL:   newuidmap was not found in PATH (/usr/bin), required with fakeroot and unprivileged installation when user is in /etc/subuid",
+        "FATAL:   could not use fakeroot: no mapping entry found in /etc/subgid for tester",
+    ],
+    "writable": [
+        "FATAL:   overlay images requires 'enable overlay', but set to 'no' by administrator",
+        "FATAL:   --writable-tmpfs requires 'enable overlay', but set to 'no' by administrator",
+        "FATAL:   container creation failed: mount hook function failure: hook function for tag prelayer returns error: setup of overlay upper dir failed: failed to create /x: read-only file system",
+    ],
+    "": [
+        "\x1b[31mERROR  : Failed to create user namespace: maximum number of user namespaces exceeded, check /proc/sys/user/max_user_namespaces\x1b[0m",
+        "\x1b[31mERROR  : Failed to create container process: No space left on device\x1b[0m",
+        "FATAL:   While checking container encryption: required option --passphrase or --pem-path missing",
+        "FATAL:   container creation failed: open /etc/resolv.conf: no such file or directory",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "line"), [(option, line) for option, lines in SAID.items() for line in lines])
+def test_the_runtimes_last_words_name_the_option_to_blame(option: str, line: str) -> None:
+    cause = apptainer.find_cause(f"a line before\nWARNING: overlay, newuidmap\n{line}\n")
+    assert cause is not None
+    assert cause.option == option
+    assert cause.remedy
+    assert "\x1b" not in cause.said
+
+
+def test_a_servers_own_words_are_no_cause() -> None:
+    assert apptainer.find_cause("Traceback: overlay newuidmap gocryptfs\nINFO: could not use fakeroot") is None
