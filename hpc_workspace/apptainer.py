@@ -269,6 +269,7 @@ _CAUSES = (
     ("while loading overlay images", *_OVERLAY),
     ("required option --passphrase or --pem-path missing", *_KEY),
     ("decrypt", *_KEY),
+    ("Invalid encryption private key", *_KEY),
     ("failed to unlock master key", *_KEY),
     ("gocryptfs", "", "This node has no gocryptfs, which encrypted images need."),
     ("fuse: device not found", "", "This node has no /dev/fuse: ask its administrators."),

@@ -41,6 +41,7 @@ _ANSWER_TIMEOUT_S = 60.0
 _GRACE_S = 15.0
 _UNPROCESSABLE = 422
 _UNAVAILABLE = 503
+_SERVER_ERROR = 500
 _COPY_BYTES = 1024 * 1024
 _POLLS_S = (0.01, 0.25)
 
@@ -55,6 +56,8 @@ class _HttpStream(httpcore.NetworkStream):
         self._stream.settimeout(timeout)
         try:
             return self._stream.recv(max_bytes)
+        except WorkspaceError:
+            raise  # some are ConnectionErrors too, and say what happened better than we could
         except TimeoutError as error:
             raise httpcore.ReadTimeout(str(error)) from error
         except OSError as error:
@@ -64,6 +67,8 @@ class _HttpStream(httpcore.NetworkStream):
         self._stream.settimeout(timeout)
         try:
             self._stream.sendall(buffer)
+        except WorkspaceError:
+            raise
         except TimeoutError as error:
             raise httpcore.WriteTimeout(str(error)) from error
         except OSError as error:
@@ -114,21 +119,31 @@ class _DoorTransport(httpx.BaseTransport):
                 extensions=request.extensions,
             )
         )
-        return httpx.Response(answer.status, headers=answer.headers, stream=_Body(answer), extensions=answer.extensions)
+        body = _Body(answer, is_last=answer.status >= _SERVER_ERROR)
+        return httpx.Response(answer.status, headers=answer.headers, stream=body, extensions=answer.extensions)
 
     def close(self) -> None:
         self._pool.close()
 
 
 class _Body(httpx.SyncByteStream):
-    def __init__(self, answer: httpcore.Response) -> None:
+    """An answer's body. With `is_last` no other request goes over its connection.
+
+    After an error of its own, OpenHands' server (1.58) closes the connection some seconds later, under the next
+    request.
+    """
+
+    def __init__(self, answer: httpcore.Response, *, is_last: bool) -> None:
         self._answer = answer
+        self._is_last = is_last
 
     def __iter__(self) -> Iterator[bytes]:
         assert not isinstance(self._answer.stream, bytes)
         yield from self._answer.iter_stream()
 
     def close(self) -> None:
+        if self._is_last:
+            self._answer.extensions["network_stream"].close()
         self._answer.close()
 
 

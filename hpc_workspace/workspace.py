@@ -482,6 +482,13 @@ class ApptainerWorkspace(Workspace):
         self._host_port = self.options.host_port
         self.on_progress: Callable[[str], None] = log.info
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """One that was not started travels as its options; a started one as its id."""
+        if self._directory is not None:
+            return super().__reduce__()
+        given = {name: getattr(self.options, name) for name in self.options.model_fields_set}
+        return _from_options, (type(self), given)
+
     def start(self) -> ApptainerWorkspace:
         """Launch it and wait until its agent server can be used. A second call does nothing.
 
@@ -659,6 +666,10 @@ class ApptainerWorkspace(Workspace):
             if self._directory is not None:
                 self._directory.remove()
         self._record = None
+
+
+def _from_options(kind: type[ApptainerWorkspace], options: dict[str, Any]) -> ApptainerWorkspace:
+    return kind(**options)
 
 
 def _absolute(path: str) -> str:

@@ -39,8 +39,16 @@ class Listener:
             self._socket.listen(128)
         except OSError as error:
             self._socket.close()
+            if port is None:
+                raise PrerequisiteError(
+                    "No port of 127.0.0.1 is available.",
+                    evidence=str(error),
+                    remedy="Close what holds ports here, or widen net.ipv4.ip_local_port_range.",
+                ) from error
             raise PrerequisiteError(
-                f"Port {port} is not available", remedy="Choose another host_port, or leave it out."
+                f"Port {port} is not available",
+                evidence=str(error),
+                remedy="Choose another host_port, or leave it out.",
             ) from error
         self.port = int(self._socket.getsockname()[1])
         threading.Thread(target=self._accept, name=f"hpc-workspace-listener-{self.port}", daemon=True).start()

@@ -132,6 +132,7 @@ class Door:
         try:
             server = self._connect(wish)
         except NotOursError as error:
+            log.warning("door: nothing was sent to a stranger's listener: %s", error)
             connection.sendall(exchange.build_verdict(Verdict.NOT_OURS, str(error)))
         except OSError as error:
             connection.sendall(exchange.build_verdict(Verdict.NO_SERVER, str(error)))

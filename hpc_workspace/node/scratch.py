@@ -61,13 +61,25 @@ class Scratch:
     Args:
         base: the directory to make them in.
         owner: the process that they live and die with.
+
+    Raises:
+        OSError: they can't be made; nothing of them is left.
     """
 
     def __init__(self, base: Path, owner: Owner) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         self.sockets = self.path
-        if len(os.fsencode(self.path)) > _LONGEST_SOCKET_BASE:
-            self.sockets = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_LAST_RESORT))
+        try:
+            if len(os.fsencode(self.path)) > _LONGEST_SOCKET_BASE:
+                self.sockets = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_LAST_RESORT))
+            self._furnish(owner)
+        except OSError:
+            # Without its mark nobody would know whose it is.
+            for path in {self.path, self.sockets}:
+                remove_tree(path)
+            raise
+
+    def _furnish(self, owner: Owner) -> None:
         for path in {self.path, self.sockets}:
             (path / _OWNER).write_text(str(owner))
         self.run = self._made(self.sockets, "run")

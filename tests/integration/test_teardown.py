@@ -148,7 +148,9 @@ def test_a_start_removes_what_a_dead_workspace_left(cluster: Cluster) -> None:
 
 def test_reap_leaves_the_living_alone(cluster: Cluster) -> None:
     held = Held(cluster, "here")
-    assert cluster.run(held.node, [f"{VENV}/hpc-workspace", "reap"]).stdout == "nothing to reap\n"
+    said = cluster.run(held.node, [f"{VENV}/hpc-workspace", "reap"]).stdout
+    assert held.told["id"] not in said
+    assert "/tmp/hpcws-" not in said
     assert held.server in cluster.session(held.node, held.told["id"])
     assert held.go_on() == ""
 

@@ -26,7 +26,7 @@ PIECE_DONE = "DONE"
 
 # Runs the pieces of Python that it reads, one a line, with one set of names.
 RUN_PIECES = f"""{PRELUDE}
-import resource, threading, traceback, urllib.request
+import threading, traceback, urllib.request
 from hpc_workspace import procfs
 TMP = os.environ["TMPDIR"]
 def family_of(w):
@@ -56,11 +56,11 @@ mark, spared = sys.argv[1], [os.getpid(), *map(int, sys.argv[2:])]
 def left():
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            said = b"".join((folder / name).read_bytes() for name in ("cmdline", "environ", "mountinfo"))
+            words, *more = (Path(folder, name).read_bytes() for name in ("cmdline", "environ", "mountinfo"))
         except OSError:
             continue
-        if mark.encode() in said and int(folder.name) not in spared:
-            yield f"{folder.name} {said.partition(b'=')[0][:100]}"
+        if any(mark.encode() in said for said in (words, *more)) and int(folder.name) not in spared:
+            yield f"{folder.name} {words.decode(errors='replace').replace(chr(0), ' ')}"
     yield from map(str, Path(mark).glob("hpcws-*"))
 give_up = time.monotonic() + 15
 while (found := list(left())) and time.monotonic() < give_up:
@@ -168,6 +168,12 @@ class Client:
         self._errors.seek(0)
         return self._errors.read()
 
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
     @property
     def returncode(self) -> int | None:
         return self._process.returncode
@@ -182,9 +188,11 @@ def left_on(cluster: Cluster, node: str, tmp: str, *spared_pids: int) -> str:
 def marked_directory(cluster: Cluster, node: str) -> Iterator[str]:
     """A directory of the node's own for scratch and state; in the end, nothing that was started with it is left."""
     tmp = cluster.run(node, ["mktemp", "-d", "/tmp/defects-XXXXXX"]).stdout.strip()
-    yield tmp
-    left = left_on(cluster, node, tmp)
-    cluster.run(node, ["rm", "-rf", tmp], user="root")
+    try:
+        yield tmp
+    finally:
+        left = left_on(cluster, node, tmp)
+        cluster.run(node, ["rm", "-rf", tmp], user="root")
     assert left == ""
 
 
@@ -194,8 +202,10 @@ def stranger(cluster: Cluster, *port: int) -> Iterator[subprocess.Popen[str]]:
     command = ["python3", "-c", STRANGER, *map(str, port)]
     argv = cluster.argv(NODE, command, user="stranger")
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def heard_by(listening: subprocess.Popen[str]) -> dict[str, Any]:
@@ -215,10 +225,8 @@ OPTIONS = dict(sif_file=TINY, extra_bind_mounts=[f"{{script}}:/.singularity.d/ru
 @pytest.fixture
 def client(cluster: Cluster) -> Iterator[Client]:
     """A client with nothing started; nothing of it may be left in the end."""
-    with marked_directory(cluster, NODE) as tmp:
-        client = Client(cluster, tmp)
+    with marked_directory(cluster, NODE) as tmp, Client(cluster, tmp) as client:
         yield client
-        client.end()
 
 
 # What is on argv while it starts is seen by looking all the time.
@@ -241,11 +249,9 @@ started.set()
 @contextlib.contextmanager
 def open_client(cluster: Cluster, options: str) -> Iterator[Client]:
     """A client with an open workspace `w`, and in `argvs` every command line of the node during its start."""
-    with marked_directory(cluster, NODE) as tmp:
-        client = Client(cluster, tmp)
+    with marked_directory(cluster, NODE) as tmp, Client(cluster, tmp) as client:
         client.tell(START.format(secret=SECRET, options=options))
         yield client
-        client.end()
 
 
 @pytest.fixture(scope="module")
@@ -458,14 +464,13 @@ def push(cluster: Cluster, puller: Client, script: str, *arguments: str) -> None
 @pytest.fixture(scope="module")
 def pullers(cluster: Cluster) -> Iterator[list[Client]]:
     """Three clients on the login node, with one store (empty at first) and one home between them."""
-    with marked_directory(cluster, LOGIN) as tmp:
+    with marked_directory(cluster, LOGIN) as tmp, contextlib.ExitStack() as ends:
         cluster.run(LOGIN, ["mkdir", f"{tmp}/home"])
-        clients = [Client(cluster, tmp, LOGIN, APPTAINER_NOHTTPS="1", HOME=f"{tmp}/home") for _ in range(3)]
+        env = {"APPTAINER_NOHTTPS": "1", "HOME": f"{tmp}/home"}
+        clients = [ends.enter_context(Client(cluster, tmp, LOGIN, **env)) for _ in range(3)]
         for client in clients:
             client.tell(PULL)
         yield clients
-        for client in clients:
-            client.end()
 
 
 def test_defect_of_three_concurrent_cold_starts_two_fail(cluster: Cluster, pullers: list[Client]) -> None:
@@ -685,8 +690,8 @@ with socket.create_connection(("127.0.0.1", port)) as control:
 os.kill(server.parent_pid, signal.SIGCONT)
 w.close()""")
         heard = heard_by(squatter)
-    assert told["error"]["kind"] == "ServerUnavailableError"
-    assert "is not this workspace's" in told["error"]["text"]
-    assert told["alive"] is False
     assert heard["connections"] > 1
     assert heard["bytes"] == "what is said is heard"
+    assert told["alive"] is False
+    assert "is not this workspace's" in told["error"]["text"]
+    assert told["error"]["kind"] == "ServerUnavailableError"

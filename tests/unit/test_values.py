@@ -223,3 +223,8 @@ def test_the_runtimes_last_words_name_the_option_to_blame(option: str, line: str
 
 def test_a_servers_own_words_are_no_cause() -> None:
     assert apptainer.find_cause("Traceback: overlay newuidmap gocryptfs\nINFO: could not use fakeroot") is None
+
+
+def test_a_workspace_that_was_not_started_travels_as_its_options() -> None:
+    one = hpc_workspace.ApptainerWorkspace(image="x.sif", slurm=SlurmOptions(partition="cpu"), idle_timeout="5min")
+    assert pickle.loads(pickle.dumps(one)).options == one.options  # noqa: S301 - our own bytes
