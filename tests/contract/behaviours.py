@@ -112,6 +112,45 @@ def it_shows_its_state_and_no_key_in_its_repr(w: Workspace) -> None:
     assert w.api_key not in repr(w)
 
 
+def it_counts_half_seconds(w: Workspace) -> None:
+    result = w.execute_command("sleep 0.9; echo slept", timeout=0.5)
+    assert result.timeout_occurred
+    assert result.stdout == ""
+
+
+def it_streams_output_before_the_command_ends(w: Workspace) -> None:
+    command = "rm -f go; echo first; until [ -e go ]; do sleep 0.02; done; echo last"
+    seen = []
+    for item in w.stream_command(command, timeout=5):
+        if isinstance(item, OutputChunk):
+            seen.append(item.data)
+            w.write_file("go", b"")
+        else:
+            assert not item.timeout_occurred, "nothing came before the end"
+    assert b"".join(seen) == b"first\nlast\n"
+
+
+def it_keeps_every_byte_of_the_output(w: Workspace) -> None:
+    result = w.execute_command(r"printf '\377\000x'")
+    assert result.stdout.encode("utf-8", "surrogateescape") == b"\xff\x00x"
+
+
+def it_does_not_wait_for_a_background_child_that_holds_stdout(w: Workspace) -> None:
+    result = w.execute_command("sleep 8 & echo done", timeout=3)
+    assert not result.timeout_occurred
+    assert result.stdout == "done\n"
+
+
+def it_gives_a_signal_as_a_negative_exit_code(w: Workspace) -> None:
+    assert w.execute_command("kill -9 $$").exit_code == -9
+
+
+def it_ends_what_a_timed_out_command_started(w: Workspace) -> None:
+    w.execute_command("sleep 987 & sleep 987", timeout=1)
+    left = "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; done 2>/dev/null | grep -c 'sleep 98[7]'"
+    assert w.execute_command(left).stdout.strip() == "0"
+
+
 BEHAVIOURS = {
     name: value for name, value in dict(globals()).items() if name.startswith(("it_", "its_")) and callable(value)
 }
