@@ -15,13 +15,13 @@ test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff check hpc_workspace tests examples
-	$(BIN)/ruff format --check hpc_workspace tests examples
+	$(BIN)/ruff check hpc_workspace tests examples benchmarks
+	$(BIN)/ruff format --check hpc_workspace tests examples benchmarks
 	$(BIN)/mypy
 
 fix: $(VENV)/.installed-dev
-	$(BIN)/ruff check --fix hpc_workspace tests examples
-	$(BIN)/ruff format hpc_workspace tests examples
+	$(BIN)/ruff check --fix hpc_workspace tests examples benchmarks
+	$(BIN)/ruff format hpc_workspace tests examples benchmarks
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import logging
 import os
-import secrets
 import shlex
 import threading
 import weakref
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from hpc_workspace import clock, errors, images, processes, rendezvous
+from hpc_workspace import clock, errors, processes, rendezvous
 from hpc_workspace.apptainer import read_own_environment
 from hpc_workspace.connect.ladder import climb
 from hpc_workspace.connect.listener import Listener
@@ -37,6 +36,7 @@ from hpc_workspace.logs import LogFollower
 from hpc_workspace.options import SlurmOptions, WorkspaceOptions
 from hpc_workspace.record import Record, Spec
 from hpc_workspace.rendezvous import WorkspaceDirectory
+from hpc_workspace.request import make_spec
 from hpc_workspace.results import CommandResult, FileOperationResult, GitChange, GitDiff, OutputChunk
 
 if TYPE_CHECKING:
@@ -508,7 +508,7 @@ class ApptainerWorkspace(Workspace):
             slurm = self._slurm_options()
             try:
                 self._take_ports()
-                spec = self._make_spec(slurm)
+                spec = make_spec(self.options, on_this_machine=slurm is None)
                 self.phases_s["image"] = began.elapsed_s
                 environment = {name: os.environ[name] for name in self.options.forward_env if name in os.environ}
                 own = read_own_environment(os.environ)
@@ -555,51 +555,6 @@ class ApptainerWorkspace(Workspace):
             return None
         self.on_progress("slurm='auto': using Slurm")
         return SlurmOptions()
-
-    def _make_spec(self, slurm: SlurmOptions | None) -> Spec:
-        """Resolve image and toolbox, here where there is a network, into what the node program is told."""
-        from hpc_workspace import apptainer, toolbox
-
-        o = self.options
-        store = images.cache_dir(o.cache_dir)
-        image = None
-        if o.runtime == "process":
-            log.warning("runtime='process': no container; commands run as you, on this machine's own files")
-        else:
-            if slurm is None:
-                apptainer.choose_runtime(o.runtime)
-            wanted = o.image or o.sif_file or _with_scheme(o.server_image)
-            image = images.resolve(
-                wanted, runtime=o.runtime, store=store, platform=o.platform, pull_policy=o.pull_policy
-            )
-        binds = [*o.extra_bind_mounts, *_binds_of_the_environment()]
-        if slurm is None:
-            _require_paths(o.mount_dir, binds, o.encryption_pem)
-        is_bundled = o.image is not None or o.runtime == "process"
-        box = str(toolbox.ensure_toolbox(store)) if o.image is not None else None
-        return Spec(
-            workspace_id=f"ws-{secrets.token_hex(5)}",
-            launch_id=secrets.token_hex(8),
-            runtime=o.runtime,
-            server="bundled" if is_bundled else "image",
-            image=image,
-            toolbox=box,
-            working_dir=o.working_dir,
-            mount_dir=_absolute(o.mount_dir) if o.mount_dir else None,
-            binds=[_with_absolute_source(bind) for bind in binds],
-            use_fakeroot=o.use_fakeroot,
-            enable_gpu=o.enable_gpu,
-            enable_docker_compat=o.enable_docker_compat,
-            disable_mount_locations=o.disable_mount_locations,
-            writable=o.writable,
-            max_processes=o.max_processes,
-            verify=_absolute(o.verify) if isinstance(o.verify, str) else o.verify,
-            encryption_pem=_absolute(o.encryption_pem) if o.encryption_pem else None,
-            extra_ports=o.extra_ports,
-            health_check_timeout_s=o.health_check_timeout,
-            ends_with_lease=slurm is None,
-            idle_timeout_s=o.idle_timeout,
-        )
 
     def _launch(self, slurm: SlurmOptions | None) -> None:
         from hpc_workspace.launch import local
@@ -670,44 +625,6 @@ class ApptainerWorkspace(Workspace):
 
 def _from_options(kind: type[ApptainerWorkspace], options: dict[str, Any]) -> ApptainerWorkspace:
     return kind(**options)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
-
-
-def _binds_of_the_environment() -> list[str]:
-    """Bind mounts from the variable that OpenHands' ApptainerWorkspace (1.58) reads: comma-separated."""
-    said = os.environ.get("OPENHANDS_APPTAINER_EXTRA_BINDS", "")
-    return [bind.strip() for bind in said.split(",") if bind.strip()]
-
-
-def _with_absolute_source(bind: str) -> str:
-    """A bind mount whose source does not depend on where the container is started; its target stays."""
-    source, colon, rest = bind.partition(":")
-    return bind if source.startswith("/") else f"{_absolute(source)}{colon}{rest}"
-
-
-def _require_paths(mount_dir: str | None, binds: list[str], encryption_pem: str | None) -> None:
-    """Make sure that what is to be mounted on this machine is there, before anything starts.
-
-    Raises:
-        ConfigError: it is not; it names the option.
-    """
-    if mount_dir is not None and not Path(_absolute(mount_dir)).is_dir():
-        raise errors.ConfigError(
-            f"mount_dir {mount_dir} is not a directory.", option="mount_dir", remedy="Make it first, or leave it out."
-        )
-    for source in (bind.partition(":")[0] for bind in binds):
-        if not Path(_absolute(source)).exists():
-            raise errors.ConfigError(f"extra_bind_mounts: {source} does not exist.", option="extra_bind_mounts")
-    if encryption_pem is not None and not Path(_absolute(encryption_pem)).is_file():
-        raise errors.ConfigError(f"encryption_pem {encryption_pem} is not a file.", option="encryption_pem")
-
-
-def _with_scheme(server_image: str | None) -> str:
-    assert server_image is not None
-    return server_image if "://" in server_image else f"docker://{server_image}"
 
 
 def _require_directory(workspace_id: str) -> WorkspaceDirectory:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from hpc_workspace import ApptainerWorkspace
 from hpc_workspace.node.leftovers import TAG_NAME
 from hpc_workspace.node.plan import Ingredients, make_plan
 from hpc_workspace.node.scratch import Scratch
 from hpc_workspace.options import WorkspaceOptions
 from hpc_workspace.owner import Owner
+from hpc_workspace.request import make_spec
 
 TEXT = (Path(__file__).parents[2] / "docs/options.md").read_text()
 ROWS = [
@@ -51,7 +51,7 @@ def argv_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
             patch.setenv("PATH", str(root), prepend=":")
             patch.setenv("HPC_WORKSPACE_CACHE", str(root / "cache"))
             patch.chdir(root)
-            spec = ApptainerWorkspace(**options)._make_spec(None)
+            spec = make_spec(WorkspaceOptions(**options), on_this_machine=True)
             scratch = Scratch(root, Owner("n", "b", "ns", 1, 0))
             ingredients = Ingredients(scratch, "t0ken", {}, {}, (TAG_NAME, "x"))
             argv = make_plan(spec, ingredients).argv
