@@ -168,3 +168,80 @@ def test_without_user_namespaces_the_error_says_whom_to_ask(cluster: Cluster) ->
     assert TOLD in ended.stdout, ended.stderr
     assert "ContainerError" in ended.stdout
     assert "no unprivileged user namespaces: ask its administrators" in ended.stdout
+
+
+def test_a_server_that_never_answers_is_an_error_after_its_time(cluster: Cluster) -> None:
+    code = """
+script = Path("/tmp/runscript")
+script.write_text("#!/bin/sh\\necho waiting for ever; sleep 1000\\n")
+script.chmod(0o755)
+w = ApptainerWorkspace(sif_file=TINY, health_check_timeout=2,
+                       extra_bind_mounts=["/tmp/runscript:/.singularity.d/runscript"])
+tell(error=error_of(w.start))
+script.unlink()
+"""
+    told = cluster.tell(NODE, code)
+    assert told["error"]["kind"] == "ServerNotReadyError"
+    assert "did not answer within 2 s of its start" in told["error"]["text"]
+    assert "waiting for ever" in told["error"]["text"]
+    assert "health_check_timeout" in told["error"]["text"]
+    assert cluster.leftovers([NODE]) == {}
+
+
+def test_a_detached_workspace_ends_when_it_is_idle_but_not_while_a_command_runs(cluster: Cluster) -> None:
+    code = """
+w = ApptainerWorkspace(image=TINY, idle_timeout="2s", mount_dir=str(Path.home())).start()
+w.client.post("/api/bash/start_bash_command", json={"command": "until [ -e let-go ]; do sleep 0.1; done; touch gone-on"})
+directory, name = w._directory, w.id
+w.detach()
+import threading
+pause = threading.Event()
+pause.wait(5)  # longer than it may be idle
+tell(still=not directory.read_record().is_final)
+(Path.home() / "let-go").touch()
+while not directory.read_record().is_final:
+    pause.wait(0.1)
+tell(reason=directory.read_record().exit_reason, gone_on=(Path.home() / "gone-on").exists())
+(Path.home() / "let-go").unlink(); (Path.home() / "gone-on").unlink()
+"""
+    told = cluster.tell(NODE, code)
+    assert told["still"] is True
+    assert told["gone_on"] is True
+    assert told["reason"] == "idle for 2 s"
+    assert cluster.leftovers([NODE]) == {}
+
+
+def test_a_job_that_does_not_start_in_time_is_cancelled(cluster: Cluster) -> None:
+    code = """
+slurm = SlurmOptions(partition="cpu", time="5", mem="1G", extra={"begin": "now+1hour"})
+tell(error=error_of(ApptainerWorkspace(image=TINY, slurm=slurm, queue_timeout="3s").start),
+     queue=subprocess.run(["squeue", "-h", "--me"], capture_output=True, text=True).stdout)
+"""
+    told = cluster.tell("login", code)
+    assert told["error"]["kind"] == "QueueTimeoutError"
+    assert "PENDING (BeginTime) after 3 s in the queue" in told["error"]["text"]
+    assert told["queue"] == ""
+
+
+def test_slurm_auto_takes_slurm_where_there_is_sbatch_and_this_machine_where_not(cluster: Cluster) -> None:
+    code = """
+said = []
+def run():
+    w = ApptainerWorkspace(image=TINY, slurm="auto")
+    w.on_progress = said.append
+    with w:
+        return w.job
+on_slurm = run()
+os.mkdir("/tmp/bin")
+for name in ("apptainer", "fusermount3"):
+    os.symlink(f"/usr/bin/{name}", f"/tmp/bin/{name}")
+os.environ["PATH"] = "/tmp/bin"
+here = run()
+subprocess.run(["/usr/bin/rm", "-r", "/tmp/bin"])
+tell(on_slurm=on_slurm, here=here, said=said)
+"""
+    told = cluster.tell(NODE, code)
+    assert told["on_slurm"].isdigit()
+    assert told["here"] is None
+    assert "slurm='auto': using Slurm" in told["said"]
+    assert "slurm='auto': there is no sbatch on PATH, using this machine" in told["said"]

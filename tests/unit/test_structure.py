@@ -58,7 +58,8 @@ def test_the_node_side_imports_nothing_of_the_client_side(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MODULES if name.startswith(("connect/", "launch/", "workspace", "client", "request", "images"))]
+    "name",
+    [name for name in MODULES if name.startswith(("connect/", "launch/", "workspace", "client", "request", "images"))],
 )
 def test_the_client_side_imports_nothing_of_the_node_side(name: str) -> None:
     assert not [i for i in MODULES[name] if i.startswith("hpc_workspace.node")]
