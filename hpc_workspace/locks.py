@@ -12,6 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def load() -> None:
+    """Import filelock now, while there is time for it, and not at the first lock."""
+    import filelock  # noqa: F401
+
+
 @contextlib.contextmanager
 def tidily(path: Path, timeout_s: float) -> Iterator[bool]:
     """Hold the lock file `path` if that is possible within `timeout_s`; go on without it if not.

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hpc_workspace.errors import ConfigError
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+from hpc_workspace.text import Text
 
 # sbatch(1) 24.11, --time: "minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours", "days-hours:minutes"
 # and "days-hours:minutes:seconds".
@@ -28,13 +27,6 @@ _FEWEST_PROCESSES = 64
 # What only a container can do.
 _OF_CONTAINERS = ("extra_bind_mounts", "enable_gpu", "max_processes", "verify", "encryption_pem", "extra_ports")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-def _no_control(value: str) -> str:
-    """Refuse control characters: a newline in a batch script is a new line of shell."""
-    if _CONTROL.search(value):
-        raise ValueError("has a control character (a newline, say)")
-    return value
 
 
 def _matching(pattern: re.Pattern[str], shape: str) -> AfterValidator:
@@ -64,7 +56,6 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Text = Annotated[str, AfterValidator(_no_control)]
 VariableName = Annotated[str, _matching(_VARIABLE, "a variable's name")]
 Duration = Annotated[float | None, BeforeValidator(parse_duration_s)]
 SlurmTime = Annotated[

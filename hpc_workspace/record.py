@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hpc_workspace.options import Text
+from hpc_workspace.text import Text
 
 SCHEMA = 1
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 server_log = logging.getLogger("hpc_workspace.server_log")
 
-_LOCAL_LOOK_S = (0.02, 0.05)
+_LOCAL_LOOK_S = (0.01, 0.02)
 _SLURM_LOOK_S = (0.05, 0.5)
 _END_TIMEOUT_S = 20.0
 # The record of a job that ended may reach this side a moment after Slurm's word.

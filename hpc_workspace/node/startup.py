@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hpc_workspace import apptainer, clock, processes, procfs
+from hpc_workspace import apptainer, clock, locks, processes, procfs
 from hpc_workspace.errors import ContainerError, ServerNotReadyError
 from hpc_workspace.node import limits, server, teardown
 from hpc_workspace.node.events import ServerDied, require_no_end
@@ -23,7 +23,7 @@ from hpc_workspace.rendezvous import WorkspaceDirectory
 
 log = logging.getLogger(__name__)
 
-_READY_PROBE_S = 0.02
+_READY_PROBE_S = 0.01
 _GATE_PROBE_S = 0.05
 # A gate is good manners, not a right: whoever holds it so long is stuck, and no reason to wait longer.
 _GATE_MAX_S = 600.0
@@ -152,6 +152,7 @@ class Startup:
     def _wait_answers(self, plan: Plan, child: processes.Child) -> None:
         """The time that a start may take begins here, at the spawn, and not at the gate."""
         deadline = clock.Deadline(self._spec.health_check_timeout_s)
+        locks.load()
         while not self._answers(plan.address):
             event = self._next_event(_READY_PROBE_S)
             if isinstance(event, ServerDied) and event.child is child:

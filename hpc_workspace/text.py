@@ -1,0 +1,24 @@
+"""Text from people: no control characters. The lowest of the values."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def no_control(value: str) -> str:
+    """`value`, if it has no control character: a newline in a batch script is a new line of shell.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if _CONTROL.search(value):
+        raise ValueError("has a control character (a newline, say)")
+    return value
+
+
+Text = Annotated[str, AfterValidator(no_control)]
