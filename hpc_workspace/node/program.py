@@ -59,7 +59,6 @@ class NodeProgram:
         self._owner = owner
         self._token = directory.read_token()
         self._events: queue.Queue[object] = queue.Queue()
-        self._family = Family()
         self._started = clock.Deadline(None)
         self._phases_s: dict[str, float] = {}
         self._scratch: Scratch | None = None
@@ -72,6 +71,7 @@ class NodeProgram:
 
     def run(self) -> int:
         """Live the workspace's whole life. Returns the exit code: 0 unless it failed."""
+        self._family = Family()
         teardown.become_subreaper()
         for number in (*END_SIGNALS, signal.SIGUSR1):
             signal.signal(number, lambda number, _: self._events.put(Signalled(number)))

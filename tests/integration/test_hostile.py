@@ -155,3 +155,22 @@ Path("/tmp/full").unlink()
     assert told["error"]["kind"] in ("ContainerError", "ServerNotReadyError")
     assert "o space left on device" in told["error"]["text"]
     assert cluster.leftovers([NODE]) == {}
+
+
+@pytest.mark.usefixtures("small_disk")
+@pytest.mark.parametrize("variable", ["TMPDIR", "SLURM_TMPDIR"])
+def test_scratch_is_where_there_is_room_and_the_log_says_where(cluster: Cluster, variable: str) -> None:
+    place = "/home/tester/roomy place"
+    code = """
+with ApptainerWorkspace(image=TINY) as w:
+    w.execute_command("head -c 100000000 /dev/zero > /big", timeout=60)
+    tell(scratch=w._record.node_scratch, log=w._directory.node_log.read_text(), left=os.listdir("/tmp"),
+         size=w.execute_command("stat -c %s /big").stdout)
+"""
+    assert cluster.run(NODE, ["mkdir", "-p", place]).returncode == 0
+    told = cluster.tell(NODE, code, env={variable: place})
+    assert cluster.run(NODE, ["rmdir", place]).returncode == 0
+    assert told["scratch"].startswith(f"{place}/hpcws-")
+    assert f"scratch: {told['scratch']}" in told["log"]
+    assert f"of {place}, /tmp)" in told["log"]
+    assert told["size"] == "100000000\n"
