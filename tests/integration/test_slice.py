@@ -192,5 +192,5 @@ w.close()
 def test_a_killed_server_is_a_typed_error_and_leaves_nothing(cluster: Cluster) -> None:
     ended = cluster.python("login", SERVER_KILLED)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.strip() in ("TunnelLostError", "ServerUnavailableError", "TunnelError")
+    assert ended.stdout.strip() == "ContainerError"  # which says what the server printed last
     assert cluster.leftovers() == {}
