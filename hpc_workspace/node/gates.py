@@ -78,11 +78,18 @@ def _is_a_strangers(address: str) -> bool:
     return False
 
 
-def gates_for(image: str) -> list[Gate]:
-    """The gates before a container's start, in the order in which to take them.
+def slots() -> tuple[int, int]:
+    """How many starts at once: of one image, and on the node.
 
-    A start is mostly the CPU's work (measured: 32 at once on 2 CPUs), so that more than twice the CPUs only
-    makes each start slower; one image's starts keep half of the slots free for others.
+    A start is the CPUs' work: with 32 at once on 2 CPUs, a server that needs 0.6 s by itself took 14 s without gates
+    and 1.5 s with these, and the last workspace was ready as soon (docs/benchmarks.md). One image keeps half of the
+    node's slots free for others.
     """
     cpus = max(2, os.cpu_count() or 1)
-    return [Gate(f"image {image}", cpus), Gate("node", 2 * cpus)]
+    return 2 * cpus, 4 * cpus
+
+
+def gates_for(image: str) -> list[Gate]:
+    """The gates before a container's start, in the order in which to take them."""
+    of_image, of_node = slots()
+    return [Gate(f"image {image}", of_image), Gate("node", of_node)]

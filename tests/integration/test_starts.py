@@ -38,9 +38,8 @@ def test_the_time_at_the_gate_does_not_count_as_the_servers(cluster: Cluster) ->
         NODE,
         """
 import threading
-from hpc_workspace.node.gates import Gate
-slots = 2 * max(2, os.cpu_count())
-gates = [Gate("node", slots) for _ in range(slots)]
+from hpc_workspace.node.gates import Gate, slots
+gates = [Gate("node", slots()[1]) for _ in range(slots()[1])]
 tell(held=all([gate.try_acquire() for gate in gates]))
 w = ApptainerWorkspace(image=TINY, health_check_timeout=5)
 errors = []
