@@ -16,6 +16,7 @@ import socket
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 from hpc_workspace import clock, procfs
 from hpc_workspace.errors import WorkspaceError
@@ -234,29 +235,17 @@ class NodeProgram:
         return child.pid if child else 0
 
     def _publish(self, state: State, reason: str | None = None, failure: Failure | None = None) -> None:
-        plan = self._running.plan if self._running else None
+        known: dict[str, Any] = {"phases_s": {name: round(seconds, 4) for name, seconds in self._phases_s.items()}}
+        if self._door:
+            known |= {"port": self._door.port, "socket": self._door.socket_path}
+        if self._scratch:
+            known |= {"node_scratch": str(self._scratch.path)}
+        if self._running:
+            plan = self._running.plan
+            known |= {"runtime": plan.runtime, "working_dir": plan.working_dir, "extra_ports": plan.extra_ports}
+            known |= {"notices": self._running.notices}
         self.directory.publish(
-            Record(
-                workspace_id=self.spec.workspace_id,
-                launch_id=self.spec.launch_id,
-                job_id=os.environ.get("SLURM_JOB_ID"),
-                restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-                state=state,
-                node=node_name(),
-                port=self._door.port if self._door else 0,
-                socket=self._door.socket_path if self._door else "",
-                owner=str(self._owner),
-                runtime=plan.runtime if plan else self.spec.runtime,
-                server=self.spec.server,
-                working_dir=plan.working_dir if plan else self.spec.working_dir,
-                node_scratch=str(self._scratch.path) if self._scratch else "",
-                started_at=clock.wall_s(),
-                phases_s={name: round(seconds, 4) for name, seconds in self._phases_s.items()},
-                extra_ports=plan.extra_ports if plan else {},
-                notices=self._running.notices if self._running else [],
-                exit_reason=reason,
-                failure=failure,
-            )
+            make_record(self.spec, self._owner, state=state, exit_reason=reason, failure=failure, **known)
         )
 
     def _end(self, state: State, reason: str, failure: Failure | None) -> int:
@@ -281,6 +270,29 @@ class NodeProgram:
         if self._door:
             self._door.close(reason if failure is None else failure.what)
         return 0 if state == "ended" else 1
+
+
+def make_record(spec: Spec, owner: Owner, *, state: State, **known: Any) -> Record:
+    """The record of a workspace on this node, with what is `known` of it beyond its spec, by `Record`'s names."""
+    unknown: dict[str, Any] = {
+        "port": 0,
+        "socket": "",
+        "runtime": spec.runtime,
+        "working_dir": spec.working_dir,
+        "node_scratch": "",
+    }
+    return Record(
+        workspace_id=spec.workspace_id,
+        launch_id=spec.launch_id,
+        job_id=os.environ.get("SLURM_JOB_ID"),
+        restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        state=state,
+        node=node_name(),
+        owner=str(owner),
+        server=spec.server,
+        started_at=clock.wall_s(),
+        **(unknown | known),
+    )
 
 
 def left_behind(left: list[str], before: Failure | None = None) -> Failure:

@@ -14,11 +14,12 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
-from hpc_workspace import clock, procfs
+from hpc_workspace import procfs
 from hpc_workspace.errors import RendezvousError, WorkspaceError
 from hpc_workspace.node import leftovers, teardown
-from hpc_workspace.node.program import END_SIGNALS, NodeProgram, left_behind, node_name
+from hpc_workspace.node.program import END_SIGNALS, NodeProgram, left_behind, make_record, node_name
 from hpc_workspace.node.scratch import candidate_bases
 from hpc_workspace.owner import Owner
 from hpc_workspace.record import Failure, Record, Spec
@@ -39,7 +40,6 @@ def main(path: Path) -> int:
         log.error("%s", error)
         return 2
     teardown.become_subreaper()
-    began_s = clock.wall_s()
     warden_pid = os.getpid()
     child = os.fork()
     if child == 0:
@@ -51,7 +51,7 @@ def main(path: Path) -> int:
     code = os.waitstatus_to_exitcode(status)
     if _has_said_how_it_ended(directory, program.spec):
         return code
-    return _clear_up(directory, program.spec, owner, code, began_s)
+    return _clear_up(directory, program.spec, owner, code)
 
 
 def _pass_on(child: int, number: int) -> None:
@@ -68,7 +68,7 @@ def _has_said_how_it_ended(directory: WorkspaceDirectory, spec: Spec) -> bool:
     return record is not None and record.launch_id == spec.launch_id and record.is_final
 
 
-def _clear_up(directory: WorkspaceDirectory, spec: Spec, owner: Owner, code: int, began_s: float) -> int:
+def _clear_up(directory: WorkspaceDirectory, spec: Spec, owner: Owner, code: int) -> int:
     """Do what the node program could not do any more: end everything, remove everything, say so in the record."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     log.error("the node program %s: clearing up after it", how)
@@ -87,36 +87,19 @@ def _clear_up(directory: WorkspaceDirectory, spec: Spec, owner: Owner, code: int
         failure = left_behind(cleared.left, failure)
     try:
         directory.forget_secrets()
-        directory.publish(_final_record(directory, spec, owner, failure, began_s))
+        directory.publish(_final_record(directory, spec, owner, failure))
     except (WorkspaceError, OSError) as error:
         log.error("the record can't be written: %s", error)
     return 1
 
 
-def _final_record(directory: WorkspaceDirectory, spec: Spec, owner: Owner, failure: Failure, began_s: float) -> Record:
+def _final_record(directory: WorkspaceDirectory, spec: Spec, owner: Owner, failure: Failure) -> Record:
     """The record's last state: the node program's own, if it published one, with the failure."""
-    end = {"state": "failed", "exit_reason": failure.what, "failure": failure}
+    end: dict[str, Any] = {"exit_reason": failure.what, "failure": failure}
     try:
         known = directory.read_record()
     except (RendezvousError, OSError):
         known = None
     if known is not None and known.launch_id == spec.launch_id:
-        return known.model_copy(update=end)
-    return Record(
-        workspace_id=spec.workspace_id,
-        launch_id=spec.launch_id,
-        job_id=os.environ.get("SLURM_JOB_ID"),
-        restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        state="failed",
-        node=node_name(),
-        port=0,
-        socket="",
-        owner=str(owner),
-        runtime=spec.runtime,
-        server=spec.server,
-        working_dir=spec.working_dir,
-        node_scratch="",
-        started_at=began_s,
-        exit_reason=failure.what,
-        failure=failure,
-    )
+        return known.model_copy(update={"state": "failed", **end})
+    return make_record(spec, owner, state="failed", **end)
