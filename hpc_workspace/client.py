@@ -390,7 +390,7 @@ class AgentServerClient:
         if response.is_success:
             return response
         try:
-            detail = response.read()[:2000].decode("utf-8", "replace")
+            detail = b"".join(self._guarded(response.iter_bytes()))[:2000].decode("utf-8", "replace")
         finally:
             response.close()
         refused = _response_error(what, response.status_code, detail)
@@ -407,6 +407,8 @@ class AgentServerClient:
         except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpx.TransportError) as error:
             broke = TunnelLostError("The connection broke in the middle of an answer.", evidence=str(error))
             raise self._explain(broke) from error
+        except (TunnelError, ServerUnavailableError) as error:  # of our own streams
+            raise self._explain(error) from error.__cause__
 
 
 def wrap_command(command: str, cwd: str, env: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ process namespace. So the mark says all of it, and where it can't be judged from
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Owner:
     """One process, named for ever.
 
     Attributes:
-        node: the machine's short host name.
+        node: the machine's short host name, and a digest of its id (machine-id(5)): two clusters may share a name.
         boot_id: random, of the machine's last boot (/proc/sys/kernel/random/boot_id, random(4)).
         pid_namespace: as /proc/self/ns/pid names it; ids mean nothing in another one.
         start_ticks: clock ticks between boot and the process's start (proc(5), stat field 22).
@@ -75,4 +76,8 @@ class Owner:
 
 def _here() -> tuple[str, str, str]:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return socket.gethostname().partition(".")[0], boot_id, os.readlink("/proc/self/ns/pid")
+    try:
+        machine_id = hashlib.sha256(Path("/etc/machine-id").read_bytes()).hexdigest()[:8]
+    except OSError:
+        machine_id = "-"
+    return f"{socket.gethostname().partition('.')[0]}+{machine_id}", boot_id, os.readlink("/proc/self/ns/pid")

@@ -6,6 +6,7 @@ Source: proc(5), man-pages 6.9: /proc/pid/stat fields 3 (state), 4 (ppid), 22 (s
 from __future__ import annotations
 
 import os
+import re
 import socket
 import struct
 import sys
@@ -168,10 +169,16 @@ def mounts_of(pid: int | str) -> list[tuple[str, str]]:
     except OSError:
         return []
     rows = (line.split() for line in lines)
-    return [(fields[4], fields[fields.index("-") + 1]) for fields in rows]
+    return [(_unescaped(fields[4]), fields[fields.index("-") + 1]) for fields in rows]
+
+
+def _unescaped(text: str) -> str:
+    """A path of mountinfo, where blanks, tabs, newlines and backslashes stand as octal numbers; proc(5)."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def mounts_below(path: str) -> list[str]:
     """Mount points at or below `path` in this mount namespace."""
+    real = os.path.realpath(path)  # as the kernel lists them
     points = (point for point, _ in mounts_of("self"))
-    return [point for point in points if point == path or point.startswith(path.rstrip("/") + "/")]
+    return [point for point in points if point == real or point.startswith(real.rstrip("/") + "/")]

@@ -16,7 +16,6 @@ stranger had written it: a regular file, ours, shut to others, of a sane size, o
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -126,9 +125,19 @@ class WorkspaceDirectory:
         return directory
 
     def remove(self) -> None:
-        """Remove the directory and all that is in it; nothing happens if it is gone."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.path)
+        """Remove the directory and all that is in it; nothing happens if it is gone.
+
+        Raises:
+            RendezvousError: something of it can't be removed.
+        """
+        for is_last in (False, True):
+            try:
+                shutil.rmtree(self.path)
+            except FileNotFoundError:
+                return
+            except OSError as error:  # a late writer, once
+                if is_last:
+                    raise _unwritable(self.path, error) from error
 
     def read_spec(self) -> Spec:
         """What was asked for.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 
 from hpc_workspace import clock, processes
-from hpc_workspace.errors import ContainerError, WorkspaceError
+from hpc_workspace.errors import ContainerError, RendezvousError, WorkspaceError
 from hpc_workspace.owner import Owner
 from hpc_workspace.record import Record
 from hpc_workspace.rendezvous import WorkspaceDirectory
 
 _LOOK_S = 0.01
 _REAP_TIMEOUT_S = 15.0
+_LAST_WORD_S = 1.0
 
 
 def launch(directory: WorkspaceDirectory) -> LocalLaunched:
@@ -68,7 +70,17 @@ class LocalLaunched:
 
 
 def _reap(directory: WorkspaceDirectory) -> None:
-    """Clear away what a node program left whose two processes were both killed. What can't be said is logged there."""
+    """Clear away what a node program left whose two processes were both killed; its log says what was done.
+
+    If only the warden was, the node program is about to end by itself, and to say so in the record.
+    """
+    deadline = clock.Deadline(_LAST_WORD_S)
+    while not deadline.is_over:
+        with contextlib.suppress(RendezvousError, FileNotFoundError):
+            record = directory.read_record()
+            if record is not None and record.is_final:
+                return
+        clock.sleep(_LOOK_S)
     with directory.node_log.open("ab") as log:
         log.write(b"the node program was killed: reaping\n")
         argv = [sys.executable, "-m", "hpc_workspace.node.reap"]

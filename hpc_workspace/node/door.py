@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _EXCHANGE_TIMEOUT_S = 10.0
 _UNPROVEN_MAX = 64
+_ACCEPT_PAUSE_S = 0.05
 _RELAY_BYTES = 256 * 1024
 
 
@@ -29,7 +30,7 @@ class Door:
 
     Args:
         server: where the agent server is, asked at each connection; None while there is none.
-        events: gets `LeasesChanged` and `EndRequested`.
+        events: gets `LeasesChanged`, `EndRequested` and `DetachRequested`.
     """
 
     def __init__(
@@ -40,14 +41,13 @@ class Door:
         socket_path: Path,
         family: Family,
         server: Callable[[], Address | None],
-        events: queue.Queue[object],
+        events: queue.SimpleQueue[object],
     ) -> None:
         self._workspace_id = workspace_id
         self._token = token
         self._family = family
         self._server = server
         self._events = events
-        self._unproven = threading.BoundedSemaphore(_UNPROVEN_MAX)
         self._lock = threading.Lock()
         self._leases: set[socket.socket] = set()
         self._relays = 0
@@ -56,7 +56,8 @@ class Door:
         self.socket_path = str(socket_path)
         self.port = int(self._listeners[1].getsockname()[1])
         for listener in self._listeners:
-            threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+            unproven = threading.BoundedSemaphore(_UNPROVEN_MAX)
+            threading.Thread(target=self._accept, args=(listener, unproven), daemon=True).start()
 
     def __repr__(self) -> str:
         return f"<Door [port {self.port}, {len(self._leases)} leases, {self._relays} relays]>"
@@ -82,25 +83,34 @@ class Door:
                 connection.sendall(exchange.build_verdict(Verdict.OK, farewell))
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, unproven: threading.BoundedSemaphore) -> None:
         while True:
             try:
                 connection, _ = listener.accept()
-            except OSError:
-                return  # closed
-            # Strangers can reach the port: no more of them at once than this, and each for no longer than the time-out.
-            if not self._unproven.acquire(blocking=False):
+            except OSError as error:
+                if listener.fileno() < 0:
+                    return  # closed
+                log.warning("door: can't accept now: %s", error)  # out of descriptors, say
+                clock.sleep(_ACCEPT_PAUSE_S)
+                continue
+            # Strangers can reach the port: no more of them at once than this; they can't shut the socket.
+            if not unproven.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(connection, unproven), daemon=True).start()
+            except RuntimeError as error:
+                log.warning("door: no thread for a connection: %s", error)
+                unproven.release()
+                connection.close()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, unproven: threading.BoundedSemaphore) -> None:
         with contextlib.closing(connection):
             try:
                 try:
                     wish = self._greet(connection)
                 finally:
-                    self._unproven.release()
+                    unproven.release()
                 self._grant(connection, wish)
             except ExchangeError as error:
                 log.warning("door: turned a connection away: %s", error)

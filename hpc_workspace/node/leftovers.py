@@ -63,7 +63,10 @@ def clear(
     for path in due_scratch:
         mounted = _unmount_below(path)
         # Never into a mount: what is behind it may be anybody's.
-        remaining = [f"mount {point}" for point in mounted] or scratch.remove_scratch(path)
+        try:
+            remaining = [f"mount {point}" for point in mounted] or scratch.remove_scratch(path)
+        except OSError as error:
+            remaining = [f"{path} ({error.strerror})"]
         cleared.left += remaining
         if not remaining:
             cleared.removed.append(str(path))
@@ -84,7 +87,9 @@ def _belonging(is_due: Callable[[Owner | None], bool], due_scratch: list[Path]) 
     everybody = procfs.read_processes()
     everybody.pop(os.getpid(), None)  # `reap` itself may run inside of a workspace
     marked = _marked(is_due, everybody)
-    namespaces = {procfs.namespace(pid, "user") for pid in marked if procfs.is_elsewhere(pid, "user")}
+    # A container that we start has a PID namespace of its own as well; one without is a person's own shell, say.
+    contained = [pid for pid in marked if procfs.is_elsewhere(pid, "user") and procfs.is_elsewhere(pid, "pid")]
+    namespaces = {procfs.namespace(pid, "user") for pid in contained}
     found = {
         pid
         for pid in everybody
@@ -119,11 +124,10 @@ def _unmount_below(path: Path) -> list[str]:
     for point in reversed(procfs.mounts_below(str(path))):
         for program in ("fusermount3", "fusermount"):
             try:
-                processes.run([program, "-u", "-z", point], timeout_s=_UNMOUNT_TIMEOUT_S)
+                if processes.run([program, "-u", "-z", point], timeout_s=_UNMOUNT_TIMEOUT_S).returncode == 0:
+                    break
             except (PrerequisiteError, processes.ProgramTimeoutError) as error:
                 log.debug("%s", error)
-            else:
-                break
     return procfs.mounts_below(str(path))
 
 

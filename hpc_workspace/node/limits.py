@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import resource
 from collections.abc import Callable
 
 from hpc_workspace import procfs
 from hpc_workspace.errors import ContainerError
+
+_COUNTS_BY_NAMESPACE_SINCE = (5, 14)  # Linux; kernel/ucount.c
 
 
 def limit_processes(find: Callable[[], list[procfs.Process]], count: int) -> None:
@@ -23,6 +27,12 @@ def limit_processes(find: Callable[[], list[procfs.Process]], count: int) -> Non
     Raises:
         ContainerError: there is no user namespace of its own, or the bound can't be set.
     """
+    release = os.uname().release
+    if tuple(int(number) for number in re.findall(r"\d+", release)[:2]) < _COUNTS_BY_NAMESPACE_SINCE:
+        raise ContainerError(
+            f"max_processes can't be kept here: Linux {release} would count all of your processes on this node.",
+            remedy="Leave max_processes out.",
+        )
     bounded: set[int] = set()
     while todo := [process for process in find() if process.pid not in bounded]:
         for process in todo:

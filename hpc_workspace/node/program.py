@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 30.0
 # A client that was killed between the launch and its first lease must not leave a workspace behind.
 FIRST_LEASE_S = 120.0
+_UNANSWERED_LOOKS_MAX = 60
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -59,7 +60,8 @@ class NodeProgram:
         self.spec: Spec = directory.read_spec()
         self._owner = owner
         self._token = directory.read_token()
-        self._events: queue.Queue[object] = queue.Queue()
+        # SimpleQueue: a signal handler may put into it while this very thread gets.
+        self._events: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._started = clock.Deadline(None)
         self._phases_s: dict[str, float] = {}
         self._scratch: Scratch | None = None
@@ -67,6 +69,7 @@ class NodeProgram:
         self._running: Running | None = None
         self._door: Door | None = None
         self._had_lease = False
+        self._unanswered_looks = 0
         self._launcher_gone = False
         self._ends_with_lease = self.spec.ends_with_lease
 
@@ -206,8 +209,11 @@ class NodeProgram:
         try:
             info = server.ask(self._running.plan.address, self._family, "/server_info")
         except (OSError, ValueError, NotOursError) as error:
+            # It may be the very command that nobody is connected to that keeps it from answering.
+            self._unanswered_looks += 1
             log.warning("the server does not say whether it is idle: %s", error)
-            return False
+            return self._unanswered_looks < _UNANSWERED_LOOKS_MAX
+        self._unanswered_looks = 0
         idle_s = info.get("idle_time")
         return bool(info.get("running_commands")) or (isinstance(idle_s, (int, float)) and idle_s < timeout_s)
 

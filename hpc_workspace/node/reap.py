@@ -30,7 +30,8 @@ def reap_this_node() -> Cleared:
     for directory in rendezvous.list_workspaces():
         with contextlib.suppress(RendezvousError, OSError):
             record = directory.read_record()
-            if record is not None and not record.is_final and leftovers.is_stale(Owner.parse(record.owner)):
+            owner = Owner.parse(record.owner) if record is not None else None
+            if record is not None and owner is not None and not record.is_final and owner.fate() == "dead":
                 _bury(directory, record)
                 cleared.removed.append(f"the key of {record.workspace_id}, which died unseen")
     return cleared

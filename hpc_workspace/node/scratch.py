@@ -126,24 +126,30 @@ class Scratch:
 def find_scratch(bases: list[Path]) -> Iterator[tuple[Path, Owner | None]]:
     """This user's scratch directories below `bases`, with their owners; None where there is no mark and won't be one.
 
-    One that is in the making is left out.
+    One that is in the making, or whose mark can't be read now, is left out.
     """
+    seen = set()
     for path in (path for base in bases for path in base.glob(f"{_PREFIX}*")):
         try:
             found = path.lstat()
         except OSError:
             continue
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or (found.st_dev, found.st_ino) in seen:
             continue
-        owner = _read_owner(path / _OWNER)
+        seen.add((found.st_dev, found.st_ino))  # two bases may be one directory
+        try:
+            owner = _read_owner(path / _OWNER)
+        except OSError:
+            continue
         if owner is not None or clock.wall_s() - found.st_mtime > _UNMARKED_MAX_S:
             yield path, owner
 
 
 def _read_owner(path: Path) -> Owner | None:
+    """The mark; None if there is none, or it is none. Raises OSError where that can't be told."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+    except FileNotFoundError:
         return None
     with os.fdopen(descriptor, "rb") as file:
         return Owner.parse(file.read(_OWNER_MAX_BYTES).decode("utf-8", "replace"))
@@ -154,7 +160,11 @@ def remove_scratch(path: Path) -> list[str]:
 
     Returns: as `remove_tree`.
     """
-    left = [text for child in path.iterdir() if child.name != _OWNER for text in remove_tree(child)]
+    try:
+        children = [child for child in path.iterdir() if child.name != _OWNER]
+    except FileNotFoundError:
+        return []  # another start found it too, and was first
+    left = [text for child in children for text in remove_tree(child)]
     return left or remove_tree(path)
 
 
@@ -174,10 +184,12 @@ def _remove_own(path: Path) -> None:
     """Remove a tree as far as this user can, opening directories that were closed on the way (overlay's `work`)."""
 
     def open_and_retry(function: object, name: str, error: object) -> None:
-        with contextlib.suppress(OSError):
-            for closed in (Path(name).parent, Path(name)):
+        # Never what the tree lies in: that is everybody's.
+        for closed in (Path(name),) if Path(name) == path else (Path(name).parent, Path(name)):
+            with contextlib.suppress(OSError):
                 if stat.S_ISDIR(closed.lstat().st_mode):
                     closed.chmod(0o700)
+        with contextlib.suppress(OSError):
             shutil.rmtree(name) if Path(name).is_dir() and not Path(name).is_symlink() else Path(name).unlink()
 
     # onerror is deprecated in 3.12 for onexc, which 3.11 does not have; both call with three arguments.
@@ -205,5 +217,7 @@ def _name_leftovers(path: Path) -> list[str]:
     named = []
     for leaf in leaves[:_NAMED_LEFTOVERS]:
         with contextlib.suppress(OSError):
-            named.append(f"{leaf} (of user id {leaf.lstat().st_uid})")
+            # A name may be any bytes; the record is UTF-8.
+            shown = os.fsencode(leaf).decode("utf-8", "replace")
+            named.append(f"{shown} (of user id {leaf.lstat().st_uid})")
     return named or [str(path)]

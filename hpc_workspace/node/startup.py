@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hpc_workspace import apptainer, clock, locks, processes, procfs
-from hpc_workspace.errors import ContainerError, ServerNotReadyError
+from hpc_workspace.errors import ContainerError, RendezvousError, ServerNotReadyError
 from hpc_workspace.node import limits, server, teardown
 from hpc_workspace.node.events import ServerDied, require_no_end
 from hpc_workspace.node.gates import Gate, gates_for
@@ -51,7 +51,6 @@ class Startup:
     Args:
         next_event: waits so many seconds for the node program's next event.
         put_event: hands it one.
-        say: told what keeps the start waiting.
     """
 
     def __init__(
@@ -276,4 +275,6 @@ def server_death(directory: WorkspaceDirectory, returncode: int) -> ContainerErr
 
 def server_tail(directory: WorkspaceDirectory) -> str:
     tail = directory.log_tail(directory.server_log)
+    with contextlib.suppress(RendezvousError):
+        tail = tail.replace(directory.read_token(), "(the key)")
     return f"Last lines of {directory.server_log}:\n{tail}" if tail else "It printed nothing."

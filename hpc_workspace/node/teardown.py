@@ -51,7 +51,8 @@ def reap_orphans(except_pid: int) -> None:
 def terminate(pid: int, *, grace_s: float) -> None:
     """Ask a child to end with TERM, and wait for that as long as `grace_s`."""
     process = procfs.read_process(pid)
-    if process is None or process.is_zombie:
+    # One that was waited for already may have given its id to somebody else.
+    if process is None or process.is_zombie or process.parent_pid != os.getpid():
         return
     send_signal(process, signal.SIGTERM)
     grace = clock.Deadline(grace_s)

@@ -48,6 +48,8 @@ def main(path: Path) -> int:
     for number in (*END_SIGNALS, signal.SIGUSR1):
         signal.signal(number, lambda number, _: _pass_on(child, number))
     _, status = os.waitpid(child, 0)
+    for number in (*END_SIGNALS, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the child's id is free now, and what is left to do is the end
     code = os.waitstatus_to_exitcode(status)
     if _has_said_how_it_ended(directory, program.spec):
         return code

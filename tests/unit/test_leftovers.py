@@ -102,3 +102,28 @@ def test_the_base_with_the_most_room_is_chosen_and_the_first_of_equals(tmp_path:
     same.mkdir()
     assert scratch.choose_base({"SLURM_TMPDIR": str(same), "TMPDIR": str(tmp_path)}) in (same, Path("/tmp"))
     assert scratch.candidate_bases({"TMPDIR": "/tmp"}) == [Path("/tmp")]
+
+
+def test_a_scratch_that_two_starts_find_is_removed_once_and_nobody_fails(tmp_path: Path) -> None:
+    dead = Scratch(tmp_path, DEAD)
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert leftovers.clear(leftovers.is_stale, [tmp_path, tmp_path / "link"]).removed == [str(dead.path)]
+    assert scratch.remove_scratch(dead.path) == []
+
+
+def test_what_a_scratch_lies_in_keeps_its_mode(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2775)
+    dead = Scratch(tmp_path, DEAD)
+    (dead.path / "run").chmod(0)
+    leftovers.clear(leftovers.is_stale, [tmp_path])
+    assert not dead.path.exists()
+    assert tmp_path.stat().st_mode & 0o7777 == 0o2775
+
+
+def test_a_mark_that_can_not_be_read_is_not_nobodys(tmp_path: Path) -> None:
+    living = Scratch(tmp_path, ME)
+    (living.path / "owner").unlink()
+    (living.path / "owner").symlink_to("owner")  # ELOOP: an error, and not "no such file"
+    os.utime(living.path, (0, 0))
+    assert leftovers.clear(leftovers.is_stale, [tmp_path]).removed == []
+    assert living.path.is_dir()
