@@ -50,14 +50,18 @@ def read_processes() -> dict[int, Process]:
     return {pid: process for pid in pids if (process := read_process(pid)) is not None}
 
 
-def descendants(root_pid: int, processes: dict[int, Process] | None = None) -> list[Process]:
-    """The living and dead children of `root_pid`, their children, and so on; not `root_pid` itself."""
+def descendants(*root_pids: int, processes: dict[int, Process] | None = None) -> list[Process]:
+    """The living and dead children of `root_pids`, their children, and so on; each root only if it is one of these.
+
+    Args:
+        processes: among which to look; None: all that can be seen now.
+    """
     processes = read_processes() if processes is None else processes
     children: dict[int, list[Process]] = defaultdict(list)
     for process in processes.values():
         children[process.parent_pid].append(process)
     found: list[Process] = []
-    todo = [root_pid]
+    todo = list(root_pids)
     while todo:
         born = children.get(todo.pop(), [])
         found += born

@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from hpc_workspace import locks
+from hpc_workspace import clock, locks
 from hpc_workspace.errors import RendezvousCorruptError, RendezvousError
 from hpc_workspace.record import SCHEMA, Record, Spec
 
@@ -34,6 +34,7 @@ _ENVIRONMENT = "environment"
 _RUNTIME_ENVIRONMENT = "runtime_environment"
 MAX_BYTES = 256 * 1024
 _LOCK_TIMEOUT_S = 5.0
+_LOOK_S = (0.01, 0.02)
 
 _Value = TypeVar("_Value", bound=BaseModel)
 
@@ -186,6 +187,21 @@ class WorkspaceDirectory:
         if "record.json" not in os.listdir(self.path):
             return None
         return self._read_model("record.json", Record)
+
+    def wait_final_record(self, timeout_s: float) -> Record | None:
+        """The record once it says how the workspace ended; None if it does not within `timeout_s`.
+
+        Raises: as `read_record`.
+        """
+        deadline = clock.Deadline(timeout_s)
+        for pause_s in clock.pauses_s(*_LOOK_S):
+            record = self.read_record()
+            if record is not None and record.is_final:
+                return record
+            if deadline.is_over:
+                break
+            clock.sleep(pause_s)
+        return None
 
     def publish(self, record: Record) -> None:
         """Put `record` in place, whole or not at all.

@@ -344,18 +344,6 @@ class Workspace:
 
     cleanup = close
 
-    def _wait_final_record(self, timeout_s: float) -> Record | None:
-        """The record that says how it ended; None if there is none within `timeout_s`."""
-        deadline = clock.Deadline(timeout_s)
-        for pause_s in clock.pauses_s(*_LOCAL_LOOK_S):
-            record = self._require_dir().read_record()
-            if record is not None and record.is_final:
-                return record
-            if deadline.is_over:
-                break
-            clock.sleep(pause_s)
-        return None
-
     def _settle(self, gone: bool, launched: Launched) -> None:
         """Remove the directory of a workspace that ended well; keep the evidence of one that did not."""
         directory = self._require_dir()
@@ -437,7 +425,7 @@ class Workspace:
         try:
             lease.settimeout(_FAREWELL_S)
             lease.wait_ended()
-            record = self._wait_final_record(_FAREWELL_S)
+            record = self._require_dir().wait_final_record(_FAREWELL_S)
         except (OSError, WorkspaceError) as unknown:
             log.debug("a broken connection is not explained: %s", unknown)
             return error

@@ -74,13 +74,9 @@ def _reap(directory: WorkspaceDirectory) -> None:
 
     If only the warden was, the node program is about to end by itself, and to say so in the record.
     """
-    deadline = clock.Deadline(_LAST_WORD_S)
-    while not deadline.is_over:
-        with contextlib.suppress(RendezvousError, FileNotFoundError):
-            record = directory.read_record()
-            if record is not None and record.is_final:
-                return
-        clock.sleep(_LOOK_S)
+    with contextlib.suppress(RendezvousError, FileNotFoundError):
+        if directory.wait_final_record(_LAST_WORD_S) is not None:
+            return
     with directory.node_log.open("ab") as log:
         log.write(b"the node program was killed: reaping\n")
         argv = [sys.executable, "-m", "hpc_workspace.node.reap"]

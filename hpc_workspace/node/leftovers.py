@@ -95,7 +95,7 @@ def _belonging(is_due: Callable[[Owner | None], bool], due_scratch: list[Path]) 
         for pid in everybody
         if pid in marked or procfs.namespace(pid, "user") in namespaces or _mounts_any(pid, due_scratch)
     }
-    kin = {child.pid for pid in found for child in procfs.descendants(pid, everybody)}
+    kin = {child.pid for child in procfs.descendants(*found, processes=everybody)}
     yield from (everybody[pid] for pid in found | kin)
 
 

@@ -114,8 +114,7 @@ class Startup:
                 fallback = find_fallback(spec, self._log_since(log_start))
                 if fallback is not None:
                     spec, notice = fallback
-                    self._notices.append(notice)
-                    log.warning("%s", notice)
+                    self._notice(notice)
                 elif tries_left > 1:
                     tries_left -= 1
                     log.warning("the server died at its start, trying once more: %s", error.what)
@@ -129,12 +128,14 @@ class Startup:
         if spec.max_processes is not None:
             limits.limit_processes(lambda: _processes_inside(child), spec.max_processes)
         if spec.use_fakeroot and _has_one_user(_processes_inside(child)):
-            self._notices.append(_ONE_USER)
-            log.warning("%s", _ONE_USER)
+            self._notice(_ONE_USER)
         if plan.writable == "tmpfs":
-            self._notices.append(_describe_tmpfs(child))
-            log.warning("%s", self._notices[-1])
+            self._notice(_describe_tmpfs(child))
         return Running(replace(plan, address=self._out_of_reach(plan.address)), child, self._notices)
+
+    def _notice(self, text: str) -> None:
+        self._notices.append(text)
+        log.warning("%s", text)
 
     def _spawn(self, plan: Plan) -> processes.Child:
         with self._directory.server_log.open("ab") as output:

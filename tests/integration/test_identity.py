@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 
 import pytest
 
-from tests.integration.cluster import TINY, VENV, Cluster
+from tests.integration.cluster import PRELUDE, TINY, TOLD, VENV, Cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -64,10 +65,6 @@ w.close()
 
 
 def test_a_stranger_who_takes_a_dead_doors_port_gets_a_nonce_and_nothing_else(cluster: Cluster) -> None:
-    import json
-
-    from tests.integration.cluster import PRELUDE, TOLD
-
     client = cluster.open(NODE, [f"{VENV}/python", "-c", PRELUDE + CLIENT])
     assert client.stdout
     told = json.loads(client.stdout.readline().removeprefix(TOLD))
@@ -108,10 +105,6 @@ with ApptainerWorkspace(image=TINY, host_port=18040) as w:
 
 def test_a_stranger_can_not_take_the_port_that_openhands_server_was_given(cluster: Cluster) -> None:
     """The server is dead and the node program is stopped before it can notice: the door must refuse by itself."""
-    import json
-
-    from tests.integration.cluster import PRELUDE, TOLD
-
     script = (
         "#!/bin/sh\nexec python3 -c 'import http.server, sys\n"
         + (

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.integration.cluster import Cluster
+from tests.integration.cluster import PRELUDE, TOLD, VENV, Cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -154,8 +154,6 @@ def test_without_overlays_it_starts_with_what_there_is_and_says_why(cluster: Clu
 
 def test_without_user_namespaces_the_error_says_whom_to_ask(cluster: Cluster) -> None:
     """A tree of processes in which no further user namespace can be made."""
-    from tests.integration.cluster import PRELUDE, TOLD, VENV
-
     code = PRELUDE + "tell(error=error_of(ApptainerWorkspace(image=TINY, use_fakeroot=False).start))"
     inner = (
         "echo 0 > /proc/sys/user/max_user_namespaces; "
