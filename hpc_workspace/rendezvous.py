@@ -16,8 +16,8 @@ stranger had written it: a regular file, ours, shut to others, of a sane size, o
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 import shutil
 import stat
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from hpc_workspace import clock, locks
+from hpc_workspace import clock, files, locks
 from hpc_workspace.errors import RendezvousCorruptError, RendezvousError
 from hpc_workspace.record import SCHEMA, Record, Spec
 
@@ -232,20 +232,11 @@ class WorkspaceDirectory:
             os.close(descriptor)
 
     def heartbeat_age_s(self) -> float | None:
-        """How old the heartbeat is, or None if there never was one.
-
-        Both times are the file server's: a probe file is made for "now", since the clocks of nodes differ.
-        """
+        """How old the heartbeat is, by the file server's clock, or None if there never was one."""
         try:
-            beat = self.heartbeat.stat().st_mtime
+            return files.age_s(self.heartbeat)
         except FileNotFoundError:
             return None
-        probe = self.path / f".now-{secrets.token_hex(4)}"
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        try:
-            return max(0.0, probe.stat().st_mtime - beat)
-        finally:
-            probe.unlink(missing_ok=True)
 
     def log_tail(self, path: Path, lines: int = 12) -> str:
         """The last lines of a log, without control characters; empty if there is none."""
@@ -259,18 +250,7 @@ class WorkspaceDirectory:
         return "\n".join([line for line in kept if line.strip()][-lines:])
 
     def _write(self, name: str, data: bytes) -> None:
-        """Write a file whole: aside, flushed to the server, then renamed over what was there."""
-        aside = self.path / f".{name}-{secrets.token_hex(8)}"
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.path / name)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        files.write_whole(self.path / name, data)
 
     def _read(self, name: str) -> bytes | None:
         path = self.path / name
@@ -335,6 +315,18 @@ def _unwritable(path: Path, error: OSError) -> RendezvousError:
         evidence=str(error),
         remedy="Free some space there, or set HPC_WORKSPACE_HOME to a directory on a shared disk with room.",
     )
+
+
+def paths_in_use() -> list[Path]:
+    """Images and toolboxes of this user's workspaces that have not said that they ended."""
+    found = []
+    for directory in list_workspaces():
+        with contextlib.suppress(RendezvousError, OSError):
+            record = directory.read_record()
+            if record is None or not record.is_final:
+                spec = directory.read_spec()
+                found += [Path(path) for path in (spec.image, spec.toolbox) if path]
+    return found
 
 
 def list_workspaces() -> list[WorkspaceDirectory]:

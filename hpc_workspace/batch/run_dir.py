@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hpc_workspace import files
 from hpc_workspace.errors import ConfigError
 from hpc_workspace.rendezvous import make_private_dir
 
@@ -114,14 +114,4 @@ class RunDir:
         self._write_lines(path, [json.dumps(value)])
 
     def _write_lines(self, path: Path, lines: Iterable[str]) -> None:
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.writelines(_ended(lines))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-
-
-def _ended(lines: Iterable[str]) -> Iterator[str]:
-    return (f"{line}\n" for line in lines)
+        files.write_whole(path, "".join(f"{line}\n" for line in lines).encode())

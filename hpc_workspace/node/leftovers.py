@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_workspace import processes, procfs
+from hpc_workspace import processes, procfs, teardown
 from hpc_workspace.errors import PrerequisiteError
-from hpc_workspace.node import scratch, teardown
+from hpc_workspace.node import scratch
 from hpc_workspace.owner import Owner
 from hpc_workspace.procfs import Process
 

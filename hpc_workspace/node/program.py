@@ -18,9 +18,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from hpc_workspace import clock, procfs
+from hpc_workspace import clock, procfs, teardown
 from hpc_workspace.errors import WorkspaceError
-from hpc_workspace.node import leftovers, server, teardown
+from hpc_workspace.node import leftovers, server
 from hpc_workspace.node.door import Door
 from hpc_workspace.node.events import (
     DetachRequested,

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hpc_workspace import apptainer, clock, locks, processes, procfs
+from hpc_workspace import apptainer, clock, locks, processes, procfs, teardown
 from hpc_workspace.errors import ContainerError, RendezvousError, ServerNotReadyError
-from hpc_workspace.node import limits, server, teardown
+from hpc_workspace.node import limits, server
 from hpc_workspace.node.events import ServerDied, require_no_end
 from hpc_workspace.node.gates import Gate, gates_for
 from hpc_workspace.node.identity import Family, NotOursError

@@ -16,9 +16,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from hpc_workspace import procfs
+from hpc_workspace import procfs, teardown
 from hpc_workspace.errors import RendezvousError, WorkspaceError
-from hpc_workspace.node import leftovers, teardown
+from hpc_workspace.node import leftovers
 from hpc_workspace.node.program import END_SIGNALS, NodeProgram, left_behind, make_record, node_name
 from hpc_workspace.node.scratch import candidate_bases
 from hpc_workspace.owner import Owner

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_workspace import procfs
-from hpc_workspace.node import leftovers, scratch, teardown
+from hpc_workspace import procfs, teardown
+from hpc_workspace.node import leftovers, scratch
 from hpc_workspace.node.scratch import Scratch
 from hpc_workspace.owner import Owner
 
