@@ -33,33 +33,47 @@ PIN = "Package: *\nPin: release n=sid\nPin-Priority: 50\n\nPackage: apptainer\nP
 
 
 def build_debian(
-    target: Path, packages: list[str], *, variant: str, with_sid: bool, log: Path, accept_stale_sid: bool = False
+    target: Path,
+    packages: list[str],
+    *,
+    variant: str,
+    with_sid: bool,
+    log: Path,
+    suite: str = SUITE,
+    sources: tuple[str, ...] = (),
+    accept_stale_sid: bool = False,
 ) -> None:
     """Make a Debian tree at `target` (which must not exist) with mmdebstrap, from the mirror that the host uses.
 
     A mirror may lag: sid's Release file is valid for seven days only (seen: a mirror whose sid was 24 days old, the
     rest fresh). Then, and with a notice, sid alone is used without the check of its age; signatures are always checked.
+    A suite other than ours comes without its security updates, which a mirror may lack.
 
-    Nothing of the host's mirror, proxy or certificates stays in it.
+    Nothing of the host's mirror, proxy or certificates stays in it. The source packages named in `sources` are put, as
+    they were fetched, into its /usr/src.
 
-    Source: mmdebstrap(1) 1.3.5; `--dpkgopt=path-exclude` as in its examples.
+    Source: mmdebstrap(1) 1.3.5; `--dpkgopt=path-exclude` as in its examples, `MMDEBSTRAP_APT_CONFIG` in a hook likewise.
     """
     mirror, security = apt_mirrors()
-    sources = [f"deb {mirror} {SUITE} main"]
-    if security:
-        sources.append(f"deb {security} {SUITE}-security main")
+    lines = [f"deb {mirror} {suite} main"]
+    if security and suite == SUITE:
+        lines.append(f"deb {security} {suite}-security main")
     hooks: list[str] = []
+    if sources:
+        lines.append(f"deb-src {mirror} {suite} main")
+        fetch = f"apt-get source --download-only {' '.join(sources)}"
+        hooks.append(f'--customize-hook=cd "$1/usr/src" && APT_CONFIG=$MMDEBSTRAP_APT_CONFIG {fetch}')
     if with_sid:
-        sources.append(f"deb {'[check-valid-until=no] ' if accept_stale_sid else ''}{mirror} sid main")
+        lines.append(f"deb {'[check-valid-until=no] ' if accept_stale_sid else ''}{mirror} sid main")
         pin = target.parent / "apt-pin"
         pin.write_text(PIN)
-        hooks = [f"--setup-hook=copy-in {pin} /etc/apt/preferences.d/"]
+        hooks += [f"--setup-hook=copy-in {pin} /etc/apt/preferences.d/"]
     log.unlink(missing_ok=True)
     argv: list[str | Path] = ["mmdebstrap", "--mode=root", f"--variant={variant}", "--format=directory"]
     argv += [f"--keyring={KEYRING}", f"--include={','.join(packages)}"]
     argv += [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "doc", "locale", "info")]
     argv += [f"--aptopt={line.rstrip(';')}" for line in apt_options()]
-    argv += [*hooks, SUITE, target, *sources]
+    argv += [*hooks, suite, target, *lines]
     env = {**proxy_env(), "TMPDIR": str(target.parent)}
     done = run(argv, env=env, log=log, check=accept_stale_sid or not with_sid)
     if done.returncode != 0:
@@ -68,7 +82,16 @@ def build_debian(
             raise ClusterError("mmdebstrap failed:\n" + "\n".join(tail))
         say("the mirror's sid is past its date: Apptainer is taken from it without that check (signatures are checked)")
         remove_tree(target)
-        build_debian(target, packages, variant=variant, with_sid=True, log=log, accept_stale_sid=True)
+        build_debian(
+            target,
+            packages,
+            variant=variant,
+            with_sid=True,
+            log=log,
+            suite=suite,
+            sources=sources,
+            accept_stale_sid=True,
+        )
         return
     for pattern in (
         "etc/apt/sources.list",
@@ -76,6 +99,7 @@ def build_debian(
         "etc/apt/apt.conf.d/99mmdebstrap",
         "var/lib/apt/lists/*Release",
         "var/lib/apt/lists/*Packages",
+        "var/lib/apt/lists/*Sources",
         "var/lib/apt/lists/*lz4",
         "var/log/*.log",
         "var/log/apt/*",
