@@ -16,7 +16,7 @@ from hpc_workspace.errors import ContainerError, PrerequisiteError
 from hpc_workspace.node.scratch import Scratch
 from hpc_workspace.node.server import Address
 from hpc_workspace.record import Spec
-from hpc_workspace.toolbox import toolbox_argv
+from hpc_workspace.server.layout import server_argv
 
 _INSIDE_RUN = "/.hpc-workspace/run"
 _INSIDE_CONFIG = "/.hpc-workspace/config.json"
@@ -189,7 +189,7 @@ def _bundled_plan(spec: Spec, given: Ingredients, runtime: apptainer.Runtime) ->
             apptainer.Mount(str(spec.toolbox), _INSIDE_TOOLBOX, read_only=True),
             apptainer.Mount(str(config), _INSIDE_CONFIG, read_only=True),
         ],
-        command=[*toolbox_argv(_INSIDE_TOOLBOX), "--uds", f"{_INSIDE_RUN}/server.sock"],
+        command=[*server_argv(_INSIDE_TOOLBOX), "--uds", f"{_INSIDE_RUN}/server.sock"],
         inside={**given.environment, "HPC_WORKSPACE_SERVER_CONFIG": _INSIDE_CONFIG},
         address=Address(socket_path=str(given.scratch.server_socket)),
         grace_s=0.5,

@@ -30,7 +30,7 @@ def build_app(settings: Settings, table: CommandTable) -> Starlette:
             *_details_routes(table),
             *bash_routes(table),
             *file_routes(),
-            *git_routes(lambda: table.environment),
+            *git_routes(lambda: table.environment, settings.toolbox),
             *socket_routes(table),
         ],
         middleware=[Middleware(KeyCheck, keys=settings.session_api_keys, on_request=table.count_request)],

@@ -1,12 +1,14 @@
 """/api/git: what changed against a base, and one file's two sides. Semantics as upstream's sdk/git 1.58.
 
 Differences: output is read NUL-separated, so that blanks, tabs and non-ASCII in names are right; a base is never looked
-up over the network; a missing git is 501.
+up over the network. The git is the image's own, else the toolbox's, else the answer is 501. Both refuse a repository of
+another user (safe.directory), which then counts as none.
 """
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from hpc_workspace.server import layout
 from hpc_workspace.server.children import run_program
 from hpc_workspace.server.requests import RequestError
 
@@ -28,20 +31,25 @@ class GitFailedError(Exception):
     """Git ended with an error; the message is what it said."""
 
 
-def git_routes(environment: Callable[[], dict[str, str]]) -> list[Route]:
-    """The routes; `environment` gives what git finds in its environment."""
+def git_routes(environment: Callable[[], dict[str, str]], toolbox: str | None = None) -> list[Route]:
+    """The routes.
+
+    Args:
+        environment: gives what commands find in their environment.
+        toolbox: the toolbox's root, where there is one.
+    """
 
     async def changes(request: Request) -> Response:
         path, ref = _parameters(request)
         try:
-            return JSONResponse(await changes_below(_Git(environment()), path, ref))
+            return JSONResponse(await changes_below(find_git(environment(), toolbox), path, ref))
         except GitFailedError as error:
             raise RequestError(str(error), 400) from error
 
     async def diff(request: Request) -> Response:
         path, ref = _parameters(request)
         try:
-            return JSONResponse(await diff_of(_Git(environment()), path, ref))
+            return JSONResponse(await diff_of(find_git(environment(), toolbox), path, ref))
         except GitFailedError as error:
             raise RequestError(str(error), 400) from error
 
@@ -57,22 +65,51 @@ def _parameters(request: Request) -> tuple[Path, str | None]:
     return Path(path), ref
 
 
-class _Git:
-    """Runs git in one environment: no pager, no prompt, no optional locks."""
+def find_git(environment: Mapping[str, str], toolbox: str | None) -> "Git":
+    """The image's git, if commands find one on their PATH; else the toolbox's (looked for anew: one may be installed).
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    Raises:
+        RequestError: 501: there is neither.
+    """
+    if shutil.which("git", path=environment.get("PATH", os.defpath)):
+        return Git(["git"], environment)
+    if toolbox is None:
+        raise RequestError("git is not installed in this image", 501)
+    if not Path(toolbox, layout.GIT, "bin/git").exists():
+        raise RequestError(
+            "git is not installed in this image, and not on the machine where the toolbox was made either", 501
+        )
+    return Git(layout.git_argv(toolbox), _environment_of_toolbox_git(environment, toolbox))
+
+
+def _environment_of_toolbox_git(environment: Mapping[str, str], toolbox: str) -> dict[str, str]:
+    """Nothing of the machine that git is from: no system configuration, no place for its programs.
+
+    LD_PRELOAD and LD_AUDIT name libraries of the image, which are not for the toolbox's loader; LD_LIBRARY_PATH does
+    not reach git, and stays for the filters that it may start. Source: git(1), ld.so(8).
+    """
+    kept = {name: value for name, value in environment.items() if name not in ("LD_PRELOAD", "LD_AUDIT")}
+    return {**kept, "GIT_CONFIG_NOSYSTEM": "1", "GIT_EXEC_PATH": f"{toolbox}/{layout.GIT_PROGRAMS}"}
+
+
+class Git:
+    """Runs git in one environment: no pager, no prompt, no optional locks.
+
+    Args:
+        argv: starts it, up to its own arguments.
+    """
+
+    def __init__(self, argv: list[str], environment: Mapping[str, str]) -> None:
+        self._argv = argv
         self._environment = {**environment, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 
     async def __call__(self, directory: Path, *words: str) -> bytes:
+        argv = [*self._argv, "--no-pager", *words]
         try:
-            code, out, err = await run_program(
-                ["git", "--no-pager", *words], cwd=str(directory), env=self._environment, timeout_s=_TIMEOUT_S
-            )
-        except FileNotFoundError as error:
+            code, out, err = await run_program(argv, cwd=str(directory), env=self._environment, timeout_s=_TIMEOUT_S)
+        except (OSError, TimeoutError) as error:
             if not directory.is_dir():
                 raise GitFailedError(f"{directory} is not a directory") from error
-            raise RequestError("git is not installed in this image", 501) from error
-        except (OSError, TimeoutError) as error:
             raise GitFailedError(f"git {words[0]} in {directory}: {error or 'no answer in 30 s'}") from error
         if code != 0:
             raise GitFailedError(f"git {words[0]} in {directory}: {err.decode('utf-8', 'replace').strip()}")
@@ -86,7 +123,7 @@ class _Git:
             return None
 
 
-async def changes_below(git: _Git, directory: Path, ref: str | None) -> list[dict[str, str]]:
+async def changes_below(git: Git, directory: Path, ref: str | None) -> list[dict[str, str]]:
     """Changes in the repository at `directory` and in those directly below it; empty where there is none."""
     changes = await _changes_in(git, directory, ref) if await _is_repository(git, directory) else []
     for nested in await asyncio.to_thread(_nested_repositories, directory):
@@ -102,14 +139,14 @@ def _nested_repositories(directory: Path) -> list[str]:
     return [marker.parent.name for marker in directory.glob("*/.git") if not marker.parent.name.startswith(".")]
 
 
-async def _changes_or_none(git: _Git, directory: Path, ref: str | None) -> list[dict[str, str]]:
+async def _changes_or_none(git: Git, directory: Path, ref: str | None) -> list[dict[str, str]]:
     try:
         return await _changes_in(git, directory, ref)
     except GitFailedError:  # a ref of the outer repository need not exist in a nested one
         return []
 
 
-async def _changes_in(git: _Git, directory: Path, ref: str | None) -> list[dict[str, str]]:
+async def _changes_in(git: Git, directory: Path, ref: str | None) -> list[dict[str, str]]:
     base = await _base(git, directory, ref)
     listed = await git(directory, "diff", "--name-status", "-z", "--no-renames", "--relative", base)
     untracked = await git(directory, "ls-files", "-z", "--others", "--exclude-standard")
@@ -128,7 +165,7 @@ def _pairs(items: list[str]) -> Iterator[tuple[str, str]]:
     return zip(items[::2], items[1::2], strict=True)
 
 
-async def diff_of(git: _Git, path: Path, ref: str | None) -> dict[str, Any]:
+async def diff_of(git: Git, path: Path, ref: str | None) -> dict[str, Any]:
     """`original` and `modified` text of one file; both null outside a repository.
 
     Raises:
@@ -151,7 +188,7 @@ async def diff_of(git: _Git, path: Path, ref: str | None) -> dict[str, Any]:
     return {"modified": _as_lines(modified, "ignore-binary"), "original": _as_lines(original or b"", "replace")}
 
 
-async def _root_of(git: _Git, path: Path) -> Path | None:
+async def _root_of(git: Git, path: Path) -> Path | None:
     directory = path.parent
     while not directory.is_dir():
         directory = directory.parent
@@ -159,7 +196,7 @@ async def _root_of(git: _Git, path: Path) -> Path | None:
     return Path(os.path.realpath(top)) if top else None
 
 
-async def _blob(git: _Git, root: Path, name: str) -> bytes | None:
+async def _blob(git: Git, root: Path, name: str) -> bytes | None:
     size = await git.try_line(root, "cat-file", "-s", name)
     if size is None or await git.try_line(root, "cat-file", "-t", name) != "blob":
         return None
@@ -183,13 +220,13 @@ def _as_lines(data: bytes, errors: str) -> str:
     return "\n".join(text.splitlines())
 
 
-async def _is_repository(git: _Git, directory: Path) -> bool:
+async def _is_repository(git: Git, directory: Path) -> bool:
     if not directory.is_dir():
         return False
     return await git.try_line(directory, "rev-parse", "--git-dir") is not None
 
 
-async def _base(git: _Git, directory: Path, ref: str | None) -> str:
+async def _base(git: Git, directory: Path, ref: str | None) -> str:
     """The commit to compare with: `ref`, or what best shows the work done here, pushed or not."""
     if ref is None:
         return await _display_base(git, directory)
@@ -201,11 +238,11 @@ async def _base(git: _Git, directory: Path, ref: str | None) -> str:
     return commit
 
 
-async def _commit(git: _Git, directory: Path, ref: str) -> str | None:
+async def _commit(git: Git, directory: Path, ref: str) -> str | None:
     return await git.try_line(directory, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
 
 
-async def _display_base(git: _Git, directory: Path) -> str:
+async def _display_base(git: Git, directory: Path) -> str:
     head = await _commit(git, directory, "HEAD")
     if head is None:
         return _EMPTY_TREE
@@ -216,11 +253,11 @@ async def _display_base(git: _Git, directory: Path) -> str:
     return await _fork_point(git, directory, branch) or head
 
 
-async def _has_tracked_changes(git: _Git, directory: Path) -> bool:
+async def _has_tracked_changes(git: Git, directory: Path) -> bool:
     return await git.try_line(directory, "status", "--porcelain", "--untracked-files=no") is not None
 
 
-async def _fork_point(git: _Git, directory: Path, branch: str | None) -> str | None:
+async def _fork_point(git: Git, directory: Path, branch: str | None) -> str | None:
     """Where this branch left origin's default branch, else the local main or master."""
     default = await git.try_line(directory, "rev-parse", "--abbrev-ref", "--verify", "--quiet", "origin/HEAD")
     if default is not None:

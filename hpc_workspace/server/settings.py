@@ -5,7 +5,7 @@ The keys come in a 0600 file named by the environment, never on argv or in the e
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 CONFIG_VARIABLE = "HPC_WORKSPACE_SERVER_CONFIG"
@@ -17,15 +17,24 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Validated configuration. The keys are kept out of the repr."""
+    """Validated configuration. The keys are kept out of the repr.
+
+    Attributes:
+        toolbox: the root of the toolbox that this server runs from, inside a container; None where it runs in an
+            interpreter of the machine's own.
+    """
 
     session_api_keys: tuple[str, ...] = field(repr=False)
     working_dir: str
     spool_dir: Path
+    toolbox: str | None = None
 
 
-def load_settings(environ: dict[str, str]) -> Settings:
+def load_settings(environ: dict[str, str], toolbox: str | None = None) -> Settings:
     """Read the file that `HPC_WORKSPACE_SERVER_CONFIG` names.
+
+    Args:
+        toolbox: as in `Settings`; no part of the file.
 
     Raises:
         SettingsError: No file is named, it can't be read, is open to others, or holds no key.
@@ -41,7 +50,7 @@ def load_settings(environ: dict[str, str]) -> Settings:
         raise SettingsError(f"{path} can't be read as JSON: {error}") from error
     if mode & 0o077:
         raise SettingsError(f"{path} has mode {mode:04o}: others could read the key; chmod 600 it")
-    return _settings_of(values, path)
+    return replace(_settings_of(values, path), toolbox=toolbox)
 
 
 def _settings_of(values: object, path: Path) -> Settings:
@@ -74,6 +83,11 @@ def _initial_environment() -> dict[str, str]:
         raw = Path("/proc/self/environ").read_bytes()
     except OSError:  # macOS, or a container without /proc
         return dict(os.environ)
+    return parse_environment(raw)
+
+
+def parse_environment(raw: bytes) -> dict[str, str]:
+    """Names and values of entries that end with NUL, as in /proc/pid/environ (proc(5))."""
     pairs = (os.fsdecode(entry).partition("=") for entry in raw.split(b"\0") if b"=" in entry)
     return {name: value for name, _, value in pairs if name}
 

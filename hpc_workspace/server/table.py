@@ -9,7 +9,7 @@ import itertools
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +60,15 @@ class EventQuery:
 
 
 class CommandTable:
-    """Starts, finds, stops and forgets commands; knows how long nothing has happened."""
+    """Starts, finds, stops and forgets commands; knows how long nothing has happened.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        environment: what commands find in theirs; None: what this process was started with, less what is the server's.
+    """
+
+    def __init__(self, settings: Settings, environment: Mapping[str, str] | None = None) -> None:
         self._settings = settings
-        self._env = command_environment(settings)
+        self._env = dict(environment) if environment is not None else command_environment(settings)
         self._commands: dict[str, Command] = {}
         self._running: dict[str, Command] = {}
         self._ended_bytes: OrderedDict[str, int] = OrderedDict()
