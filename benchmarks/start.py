@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hpc_workspace import ApptainerWorkspace, clock, processes, procfs
+from hpc_workspace import ApptainerWorkspace, clock, processes, procfs, teardown
 from hpc_workspace.errors import WorkspaceError
-from hpc_workspace.node import leftovers, server, teardown
+from hpc_workspace.node import leftovers, server
 from hpc_workspace.node.identity import Family, NotOursError
 from hpc_workspace.node.plan import Ingredients, make_plan
 from hpc_workspace.node.scratch import Scratch, choose_base
@@ -27,7 +27,7 @@ from hpc_workspace.request import make_spec
 def bare_start_s(image: str) -> float:
     """Seconds from the container's spawn to its server's first answer, with nothing of ours around it."""
     owner = Owner.of(os.getpid())
-    spec = make_spec(WorkspaceOptions(image=image), on_this_machine=True)
+    spec = make_spec(WorkspaceOptions(image=image), slurm=None, say=print)
     scratch = Scratch(choose_base(os.environ), owner)
     tag = (leftovers.TAG_NAME, leftovers.tag_value(spec.workspace_id, spec.launch_id, owner))
     plan = make_plan(spec, Ingredients(scratch, "0" * 43, {}, {}, tag))

@@ -192,14 +192,28 @@ def require_image(path: str) -> None:
         )
 
 
-def build_pull_argv(runtime: Runtime, target: str, reference: str, *, arch: str, use_cache: bool) -> list[str]:
-    """The argv that fetches `reference` (docker://…, oras://…) and converts it to the SIF file `target`.
+def build_convert_argv(runtime: Runtime, target: str, source: str, *, squashfs_args: str) -> list[str]:
+    """The argv that makes the SIF file `target` of `source`, an image in files here: `oci:DIR`, `docker-archive:FILE`.
 
     Args:
-        use_cache: whether what the runtime's own cache holds under the registry's present digest is taken from there;
-            then a reference that has not changed costs one request and a copy.
+        squashfs_args: for mksquashfs; empty where this runtime takes none.
     """
-    return [runtime, "pull", "--arch", arch, *([] if use_cache else ["--disable-cache"]), target, reference]
+    more = ["--mksquashfs-args", squashfs_args] if squashfs_args else []
+    return [runtime, "build", "--disable-cache", *more, target, source]
+
+
+def format_squashfs_args(help_text: str, *, cpus: int, memory: str) -> str:
+    """What bounds mksquashfs; empty if the `build --help` of the runtime shows that it can't pass it on.
+
+    Source: mksquashfs(1) 4.6: without -mem its buffers are a quarter of the machine's memory, without -processors it
+    uses every CPU.
+    """
+    return f"-processors {cpus} -mem {memory}" if "--mksquashfs-args" in help_text else ""
+
+
+def build_pull_argv(runtime: Runtime, target: str, reference: str, *, arch: str) -> list[str]:
+    """The argv that fetches what only the runtime knows how to fetch (library://…, https://…) to `target`."""
+    return [runtime, "pull", "--disable-cache", "--arch", arch, target, reference]
 
 
 def build_verify_argv(runtime: Runtime, image: str, *, key: str | None) -> list[str]:
@@ -244,8 +258,13 @@ def find_cause(log: str) -> Cause | None:
     for line in log.splitlines():
         for sign, option, remedy in _CAUSES if _GIVES_UP.search(line) else ():
             if sign in line:
-                return Cause(option, _ESCAPE.sub("", line).strip(), remedy)
+                return Cause(option, printable(line), remedy)
     return None
+
+
+def printable(line: str) -> str:
+    """`line` without the runtime's colours and other control characters."""
+    return _ESCAPE.sub("", line).strip()
 
 
 _GIVES_UP = re.compile(r"FATAL:|ERROR\s*:")

@@ -10,6 +10,9 @@ from pathlib import Path
 def write_whole(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Put `data` at `path`: aside, flushed to the server, then renamed over what was there.
 
+    Args:
+        mode: the file's, whatever the umask.
+
     Guarantees: a reader sees all of it or nothing.
 
     Raises:
@@ -20,6 +23,7 @@ def write_whole(path: Path, data: bytes, mode: int = 0o600) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
+            os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -22,3 +22,12 @@ def no_control(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(no_control)]
+
+
+def format_bytes(count: float) -> str:
+    """A size for people, in powers of 1000: `951 B`, `36.0 MB`, `1.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -496,7 +496,7 @@ class ApptainerWorkspace(Workspace):
             slurm = self._slurm_options()
             try:
                 self._take_ports()
-                spec = make_spec(self.options, on_this_machine=slurm is None)
+                spec = make_spec(self.options, slurm=slurm, say=self.on_progress)
                 self.phases_s["image"] = began.elapsed_s
                 environment = {name: os.environ[name] for name in self.options.forward_env if name in os.environ}
                 own = read_own_environment(os.environ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,9 @@ from typing import Any
 from hpc_workspace.batch.pilot import Agent, Pilot
 from hpc_workspace.batch.run_dir import RunDir
 from hpc_workspace.options import SlurmOptions, WorkspaceOptions
+from hpc_workspace.request import prepare_image
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def evaluate(
 
     Raises:
         ConfigError: an option or a task's id is wrong; nothing was started.
+        ImageError: the image can't be had; it is fetched once, before any pilot starts.
         JobEndedError: a pilot ended without a result; its unfinished tasks run in the next call.
     """
     from hpc_workspace.batch.arrays import run_array
@@ -64,7 +69,8 @@ def evaluate(
     run.release_claims()
     try:
         if left := run.unfinished():
-            pilot = Pilot(agent, run.path, chosen, workspaces_per_pilot, str(Path.cwd()), tuple(map(str, sys.path)))
+            ready = prepare_image(chosen, slurm=slurm, say=log.info)
+            pilot = Pilot(agent, run.path, ready, workspaces_per_pilot, str(Path.cwd()), tuple(map(str, sys.path)))
             run_array(pilot, min(pilots, len(left)), run.path / "pilots", slurm)
     finally:
         results = run.write_results()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpc_workspace.cli import EXIT_TIMEOUT
+from hpc_workspace.cli.images import images
 from hpc_workspace.version import __version__
 
 if TYPE_CHECKING:
@@ -217,6 +218,9 @@ def reap(as_json: bool) -> None:
         if not (found.ended or found.removed or found.left):
             click.echo("nothing to reap")
     sys.exit(1 if found.left else 0)
+
+
+cli.add_command(images)
 
 
 @cli.command()

@@ -51,7 +51,7 @@ def argv_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
             patch.setenv("PATH", str(root), prepend=":")
             patch.setenv("HPC_WORKSPACE_CACHE", str(root / "cache"))
             patch.chdir(root)
-            spec = make_spec(WorkspaceOptions(**options), on_this_machine=True)
+            spec = make_spec(WorkspaceOptions(**options), slurm=None, say=print)
             scratch = Scratch(root, Owner("n", "b", "ns", 1, 0))
             ingredients = Ingredients(scratch, "t0ken", {}, {}, (TAG_NAME, "x"))
             argv = make_plan(spec, ingredients).argv

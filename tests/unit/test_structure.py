@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[2] / "hpc_workspace"
 ADAPTERS = {
     "subprocess": {"processes.py", "server/children.py", "server/commands.py"},  # the server imports nothing of ours
     "paramiko": {"connect/ssh_paramiko.py"},
-    "httpx": {"client.py", "workspace.py"},  # workspace.py: for the type of `client` alone
+    # One speaks to agent servers, one to registries; workspace.py: for the type of `client` alone.
+    "httpx": {"client.py", "images/registry.py", "workspace.py"},
     "httpcore": {"client.py"},
     "filelock": {"locks.py"},
     "jinja2": {"launch/slurm.py"},

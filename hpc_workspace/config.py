@@ -1,0 +1,125 @@
+"""A site's and a user's settings: environment > file > default.
+
+The file is `$HPC_WORKSPACE_CONFIG`, else `$XDG_CONFIG_HOME/hpc-workspace/config.toml` (`~/.config` where that is not
+set). `[images] fetch_on = "transfer"` in it says what `HPC_WORKSPACE_IMAGES_FETCH_ON=transfer` in the environment does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from hpc_workspace.errors import ConfigError
+from hpc_workspace.text import Text
+
+_HOST = re.compile(r"[A-Za-z0-9.-]+(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?")
+# mksquashfs(1) 4.6, -mem: a number with one of K, M, G.
+_MEMORY = re.compile(r"[1-9]\d*[KMG]", re.IGNORECASE)
+
+
+def _host(value: str) -> str:
+    if not _HOST.fullmatch(value):
+        raise ValueError("is not a host such as registry.example.org:5000")
+    return value.lower()
+
+
+def _memory(value: str) -> str:
+    if not _MEMORY.fullmatch(value):
+        raise ValueError("is not a size such as 512M or 2G")
+    return value.upper()
+
+
+def _as_list(value: object) -> object:
+    """A list in the environment is written with commas."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+class ImageSettings(BaseModel):
+    """How images are fetched.
+
+    Attributes:
+        fetch_on: the Slurm partition whose nodes have a network; None: images are fetched where they are asked for.
+        plain_http: registries that are spoken to without TLS, each a host with its port.
+        convert_cpus: how many CPUs a conversion may use; None: the job's own in a job, else at most 2.
+        convert_memory: for mksquashfs's buffers; None: half of the job's memory in a job where Slurm says how much that
+            is, else 1G. What the conversion needs beside it is some 100 MB.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fetch_on: Text | None = None
+    plain_http: Annotated[list[Annotated[str, AfterValidator(_host)]], BeforeValidator(_as_list)] = Field(
+        default_factory=list
+    )
+    convert_cpus: Annotated[int, Field(gt=0)] | None = None
+    convert_memory: Annotated[str, AfterValidator(_memory)] | None = None
+
+
+class Settings(BaseModel):
+    """All settings, each section a table of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: ImageSettings = Field(default_factory=ImageSettings)
+
+
+def config_file() -> Path:
+    """Where the settings are looked for; the file need not be there."""
+    if said := os.environ.get("HPC_WORKSPACE_CONFIG"):
+        return Path(said).expanduser().absolute()
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return (Path(base) / "hpc-workspace" / "config.toml").expanduser().absolute()
+
+
+def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
+    """The settings that hold now.
+
+    Raises:
+        ConfigError: the file can't be read or has a key that does not exist, or a value is wrong; it says where.
+    """
+    environment = os.environ if environment is None else environment
+    path = config_file()
+    values = _read(path)
+    origins: dict[str, str] = {}
+    for section, model in _SECTIONS.items():
+        for name in model.model_fields:
+            variable = f"HPC_WORKSPACE_{section}_{name}".upper()
+            if variable in environment:
+                table = values.setdefault(section, {})
+                if not isinstance(table, dict):
+                    raise ConfigError(f"{path}: {section} is not a table.", option=section)
+                table.pop(name, None)  # an empty value takes away what the file says
+                if environment[variable]:
+                    table[name] = environment[variable]
+                origins[f"{section}.{name}"] = f"${variable}"
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"][:2])
+        what = "is no setting" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{origins.get(key, path)}: {key} {what}.", option=key, remedy="See docs/images.md for the settings."
+        ) from error
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"images": ImageSettings}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        if os.environ.get("HPC_WORKSPACE_CONFIG"):
+            raise ConfigError(
+                f"{path}, which HPC_WORKSPACE_CONFIG names, is not there.", option="HPC_WORKSPACE_CONFIG"
+            ) from error
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} can't be read.", evidence=str(error), remedy="It is a TOML file.") from error
