@@ -68,13 +68,13 @@ def pull(
     \b
     hpc-workspace images pull docker://python:3.12 oras://registry.example.org/team/tool:1
     """
-    from hpc_workspace.errors import ImageError
+    from hpc_workspace.errors import ConfigError, ImageError, PrerequisiteError, WorkspaceError
     from hpc_workspace.images import cache_dir
     from hpc_workspace.options import this_platform
     from hpc_workspace.request import resolve_image
 
     paths = {}
-    errors = []
+    errors: list[WorkspaceError] = []
     with _Shown() as shown:
         for reference in references:
             try:
@@ -89,7 +89,7 @@ def pull(
                     say=shown.say,
                     here=here,
                 )
-            except ImageError as error:
+            except (ConfigError, ImageError, PrerequisiteError) as error:
                 errors.append(error)
     if as_json:
         click.echo(json.dumps(paths))
@@ -189,8 +189,8 @@ def verify(store: str | None, as_json: bool) -> None:
         click.echo(json.dumps([dataclasses.asdict(checked) | {"path": str(checked.path)} for checked in found]))
     bad = [checked for checked in found if checked.wrong]
     for checked in bad:
-        remedy = f"rm -r {checked.path}" if checked.path.is_dir() else "hpc-workspace images pull --pull-policy always"
-        click.echo(f"{checked.name}: {remedy}", err=True)
+        again = f"hpc-workspace images pull --pull-policy always {checked.name.partition(', ')[0]}"
+        click.echo(f"To have it anew: {f'rm -r {checked.path}' if checked.path.is_dir() else again}", err=True)
     sys.exit(1 if bad else 0)
 
 

@@ -87,21 +87,25 @@ def verify(store: Store, on_each: Callable[[Checked], None]) -> list[Checked]:
     store.require_trusted()
     found = []
     for image in list_images(store):
-        facts = store.read_facts(image.path)
-        if facts is None:
-            wrong = "nothing is known of it"
-        elif image.size_bytes != facts.size_bytes:
-            wrong = f"it has {image.size_bytes} bytes and should have {facts.size_bytes}"
-        elif sha256_of(image.path) != facts.sha256:
-            wrong = "its content was changed"
-        else:
-            wrong = ""
+        try:
+            wrong = _what_is_wrong(store, image)
+        except OSError as error:
+            wrong = f"it can't be read: {error.strerror}"
         found.append(Checked(image.path, ", ".join(image.names) or image.path.name, wrong))
         on_each(found[-1])
     for tree in toolbox.list_toolboxes(store.root):
         found.append(Checked(tree, tree.name, "; ".join(toolbox.verify_toolbox(tree)[:3])))
         on_each(found[-1])
     return found
+
+
+def _what_is_wrong(store: Store, image: Listed) -> str:
+    facts = store.read_facts(image.path)
+    if facts is None:
+        return "nothing is known of it"
+    if image.size_bytes != facts.size_bytes:
+        return f"it has {image.size_bytes} bytes and should have {facts.size_bytes}"
+    return "its content was changed" if sha256_of(image.path) != facts.sha256 else ""
 
 
 @dataclass
@@ -149,7 +153,8 @@ def prune(
         for image in images:
             is_old = unused_for_s is not None and image.unused_s >= unused_for_s
             is_nobodys = not image.names and image.unused_s >= _YOUNG_S
-            if (is_old or is_nobodys) and image.path.resolve() not in spared:
+            is_made = claims.is_held(store.claims, f"image-{image.path.stem}")
+            if (is_old or is_nobodys) and not is_made and image.path.resolve() not in spared:
                 _remove(image.path, pruned, dry_run)
                 _remove(image.path.with_suffix(".json"), pruned, dry_run)
         gone = {path for path, _ in pruned.removed}

@@ -280,8 +280,10 @@ class Registry:
         """A token, or a refusal that may pass. Raises: as `_log_in`."""
         try:
             realm = httpx.URL(challenge["realm"])
-        except httpx.InvalidURL as error:
-            raise ImageError(f"{self.host} wants a login at a place that is no URL.", evidence=str(error)) from error
+        except httpx.InvalidURL:
+            realm = httpx.URL()
+        if not realm.host:
+            raise ImageError(f"{self.host} wants a login at a place that is no URL.")
         if realm.scheme != "https" and not (self._plain_http and realm.scheme == "http"):
             raise ImageError(
                 f"{self.host} wants a login at {realm.scheme}://{realm.host}, which is not TLS.",

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hpc_workspace import clock, files
 from hpc_workspace.errors import ConfigError, ImageError
@@ -65,8 +65,8 @@ class Ref(BaseModel):
 
     schema_version: int = 1
     reference: str
-    platform: str
-    digest: str
+    platform: str = Field(pattern=f"^{_PLATFORM.pattern}$")
+    digest: str = Field(pattern=f"^{_DIGEST.pattern}$")
 
 
 class Store:
@@ -139,8 +139,7 @@ class Store:
     def read_ref(self, reference: Reference, platform: str) -> Ref | None:
         """What a name was resolved to; None if it never was, or the file is no such thing."""
         ref = _read_json(self.ref_path(reference, platform), Ref)
-        is_ours = ref is not None and ref.reference == str(reference) and ref.platform == platform
-        return ref if ref is not None and is_ours and _DIGEST.fullmatch(ref.digest) else None
+        return ref if ref is not None and (ref.reference, ref.platform) == (str(reference), platform) else None
 
     def asked_at_s(self, reference: Reference, platform: str) -> float | None:
         """When a name was last resolved, by the file server's clock; None if it never was."""

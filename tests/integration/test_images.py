@@ -15,6 +15,7 @@ from tests.integration.cluster import VENV, Cluster
 pytestmark = pytest.mark.cluster
 
 REGISTRY_PROGRAM = Path(__file__).parents[1] / "registry.py"
+IMAGES_PAGE = (Path(__file__).parents[2] / "docs/images.md").read_text()
 PULL = f"{VENV}/hpc-workspace images pull"
 BUSYBOX_LAYER_BYTES = 500_000  # less than its layer has: a cut there is one in the middle
 
@@ -299,6 +300,14 @@ KINDS = {
     "entrypoint": ("", "", "tool; echo $FROM_ENTRYPOINT, $FROM_IMAGE", "tool\nset by the entrypoint, a value, with a comma"),
     "agent-server": ("Python 3.13", "git version 2", "jq --version | cut -d- -f1", "jq"),
 }  # fmt: skip
+
+
+def test_every_kind_of_image_that_is_run_is_in_the_docs_with_what_it_lacks() -> None:
+    rows = {row[1].strip("` "): row for row in (line.split("|") for line in IMAGES_PAGE.splitlines()) if len(row) == 7}
+    assert set(KINDS) <= set(rows)
+    for kind, (python, git, _, _) in KINDS.items():
+        missing = rows[kind][5]
+        assert ("Python" in missing, "git" in missing) == (not python, not git)
 
 
 @pytest.mark.parametrize("kind", KINDS)
