@@ -178,7 +178,7 @@ def _create_exclusively(path: Path, text: str) -> bool:
 def _is_abandoned(path: Path) -> bool:
     """Whether the claim's holder is dead, or silent for so long that it must be."""
     try:
-        owner = Owner.parse(path.read_text().partition("\n")[0])
+        owner = Owner.parse(path.read_text(errors="replace").partition("\n")[0])
         fate = owner.fate() if owner is not None else "unknown"
         return fate == "dead" or (fate == "unknown" and files.age_s(path) > _STALE_S)
     except FileNotFoundError:
@@ -188,7 +188,7 @@ def _is_abandoned(path: Path) -> bool:
 def _holder(folder: Path, name: str) -> str:
     newest = max(_generations(folder, name), default=0)
     try:
-        owner, node = (folder / f"{name}.{newest}").read_text().splitlines()[:2]
+        owner, node = (folder / f"{name}.{newest}").read_text(errors="replace").splitlines()[:2]
         return f"process {owner.split()[3]} on {node}"
     except (OSError, ValueError, IndexError):
         return "another process"

@@ -109,21 +109,18 @@ class _Shown:
         from hpc_workspace.images.progress import as_lines
 
         self._bar: Any = None
-        self._tasks: dict[str, Any] = {}
+        self._tasks: dict[str, tuple[str, Any]] = {}
         self.tell: Tell = as_lines(self.say)
 
     def __enter__(self) -> _Shown:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                DownloadColumn(),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
+            text, amount = (
+                TextColumn(f"{{{name}}}", markup=False) for name in ("task.description", "task.fields[amount]")
             )
+            self._bar = Progress(text, BarColumn(), amount, TimeElapsedColumn(), console=Console(stderr=True))
             self._bar.start()
             self.tell = self._tell_bar
         return self
@@ -140,12 +137,16 @@ class _Shown:
             click.echo(text, err=True)
 
     def _tell_bar(self, step: Step) -> None:
-        text = f"{step.reference}: {step.text}"
-        if step.reference not in self._tasks:
-            self._tasks[step.reference] = self._bar.add_task(text, total=None)
-        self._bar.update(
-            self._tasks[step.reference], description=text, total=step.total_bytes, completed=step.done_bytes or 0
-        )
+        """One bar an image, which begins anew, with its clock, at each new thing that happens to the image."""
+        from hpc_workspace.images.progress import how_far
+
+        text, task = self._tasks.get(step.reference, ("", None))
+        if text != step.text:
+            if task is not None:
+                self._bar.remove_task(task)
+            task = self._bar.add_task(f"{step.reference}: {step.text}", total=step.total_bytes, amount="")
+            self._tasks[step.reference] = (step.text, task)
+        self._bar.update(task, completed=step.done_bytes or 0, amount=how_far(step))
 
 
 @images.command(name="ls")

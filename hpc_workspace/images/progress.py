@@ -39,14 +39,15 @@ def as_lines(say: Callable[[str], None]) -> Tell:
         if step.text == text and clock.now_s() - at_s < _LINE_EVERY_S:
             return
         last[step.reference] = (step.text, clock.now_s())
-        say(f"{step.reference}: {step.text}{_how_far(step)}")
+        say(f"{step.reference}: {step.text} {how_far(step)}".rstrip())
 
     return tell
 
 
-def _how_far(step: Step) -> str:
+def how_far(step: Step) -> str:
+    """`37.9 MB`, `12.0 MB of 37.9 MB`; empty where it is not known."""
     if step.total_bytes is None or step.done_bytes is None:
         return ""
     if step.done_bytes == 0:
-        return f" {format_bytes(step.total_bytes)}"
-    return f" {format_bytes(step.done_bytes)} of {format_bytes(step.total_bytes)}"
+        return format_bytes(step.total_bytes)
+    return f"{format_bytes(step.done_bytes)} of {format_bytes(step.total_bytes)}"

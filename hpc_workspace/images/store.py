@@ -245,7 +245,7 @@ class Store:
         """Whether a conversion's directory is of a process that is dead, or silent for a day."""
         marker = folder / _OWNER
         try:
-            owner = Owner.parse(marker.read_text())
+            owner = Owner.parse(marker.read_text(errors="replace"))
         except FileNotFoundError:
             owner, marker = None, folder  # just made, or just being removed
         except OSError:
