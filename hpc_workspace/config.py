@@ -11,11 +11,12 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from hpc_workspace.errors import ConfigError
+from hpc_workspace.options import Connect, Duration, PullPolicy, SlurmFields, SlurmOptions
 from hpc_workspace.text import Text
 
 _HOST = re.compile(r"[A-Za-z0-9.-]+(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?")
@@ -61,12 +62,67 @@ class ImageSettings(BaseModel):
     convert_memory: Annotated[str, AfterValidator(_memory)] | None = None
 
 
-class Settings(BaseModel):
-    """All settings, each section a table of the file."""
+class WorkspaceSettings(BaseModel):
+    """Options of every workspace that does not say otherwise; their meaning is that of `WorkspaceOptions`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    cache_dir: Text | None = None
+    connect: Connect | None = None
+    runtime: Literal["auto", "apptainer", "singularity"] | None = None
+    pull_policy: PullPolicy | None = None
+    queue_timeout: Duration = None
+    idle_timeout: Duration = None
+
+
+class Settings(BaseModel):
+    """All settings, each section a table of the file.
+
+    Attributes:
+        slurm: for every job that does not say otherwise.
+        origins: where each value that is not built in is from, by `section.name`: the file's path or `$VARIABLE`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workspace: WorkspaceSettings = Field(default_factory=WorkspaceSettings)
+    slurm: SlurmFields = Field(default_factory=SlurmFields)
     images: ImageSettings = Field(default_factory=ImageSettings)
+    origins: dict[str, str] = Field(default_factory=dict)
+
+    def items(self) -> list[tuple[str, object, str]]:
+        """Every setting: its key, its value and where that is from."""
+        found = []
+        for section in _SECTIONS:
+            for name, value in getattr(self, section):
+                key = f"{section}.{name}"
+                found.append((key, value, self.origins.get(key, "default")))
+        return found
+
+    def fill_in(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a workspace: `given`, and for what is not given the settings."""
+        chosen = {name: getattr(self.workspace, name) for name in self.workspace.model_fields_set}
+        chosen |= given
+        if isinstance(given.get("slurm"), SlurmOptions):
+            chosen["slurm"] = self.fill_in_slurm(given["slurm"])
+        return chosen
+
+    def fill_in_slurm(self, given: SlurmOptions) -> SlurmOptions:
+        """`given`, and for what it does not say the settings. A list or table of its own takes the place of theirs."""
+        site = {name: getattr(self.slurm, name) for name in self.slurm.model_fields_set}
+        own = {name: getattr(given, name) for name in given.model_fields_set}
+        for name, rivals in _RIVALS.items():
+            if name in own:
+                site = {key: value for key, value in site.items() if key not in rivals}
+        return SlurmOptions(**(site | own))
+
+
+# Who asks for one of these does not want the site's word on the other.
+_RIVALS = {
+    "mem": ("mem_per_cpu", "mem_per_gpu"),
+    "mem_per_cpu": ("mem", "mem_per_gpu"),
+    "mem_per_gpu": ("mem", "mem_per_cpu"),
+}
 
 
 def config_file() -> Path:
@@ -86,30 +142,43 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
     environment = os.environ if environment is None else environment
     path = config_file()
     values = _read(path)
-    origins: dict[str, str] = {}
+    if "origins" in values:
+        raise ConfigError(f"{path}: origins is no setting.", option="origins")
+    origins = {f"{section}.{name}": str(path) for section, table in values.items() for name in _names(table)}
     for section, model in _SECTIONS.items():
         for name in model.model_fields:
-            variable = f"HPC_WORKSPACE_{section}_{name}".upper()
-            if variable in environment:
-                table = values.setdefault(section, {})
-                if not isinstance(table, dict):
-                    raise ConfigError(f"{path}: {section} is not a table.", option=section)
-                table.pop(name, None)  # an empty value takes away what the file says
-                if environment[variable]:
-                    table[name] = environment[variable]
-                origins[f"{section}.{name}"] = f"${variable}"
+            variable = _variable(section, name)
+            if variable not in environment:
+                continue
+            table = values.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{path}: {section} is not a table.", option=section)
+            table.pop(name, None)  # an empty value takes away what the file says
+            if environment[variable]:
+                table[name] = environment[variable]
+            origins[f"{section}.{name}"] = f"${variable}"
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(values | {"origins": origins})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"][:2])
         what = "is no setting" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"{origins.get(key, path)}: {key} {what}.", option=key, remedy="See docs/images.md for the settings."
+            f"{origins.get(key, path)}: {key}: {what}.", option=key, remedy="docs/options.md has every setting."
         ) from error
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"images": ImageSettings}
+_SECTIONS: dict[str, type[BaseModel]] = {"workspace": WorkspaceSettings, "slurm": SlurmFields, "images": ImageSettings}
+# Variables that have a name of their own.
+_VARIABLES = {("workspace", "cache_dir"): "HPC_WORKSPACE_CACHE"}
+
+
+def _variable(section: str, name: str) -> str:
+    return _VARIABLES.get((section, name)) or f"HPC_WORKSPACE_{section}_{name}".upper()
+
+
+def _names(table: object) -> list[str]:
+    return list(table) if isinstance(table, dict) else []
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -20,6 +20,27 @@ from hpc_workspace.text import Text
 _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
 # sbatch(1) 24.11, --mem: a number with one of K, M, G, T; megabytes without.
 _MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+_GRES = re.compile(r"[\w./-]+(:[\w.-]+){0,2}(,[\w./-]+(:[\w.-]+){0,2})*")
+_LONG_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+# Those that a workspace's job must have as they are, and those that make another kind of job.
+_OUR_SBATCH_OPTIONS = frozenset(
+    (
+        *("array", "batch", "chdir", "error", "export", "export-file", "help", "ignore-pbs", "input", "job-name"),
+        *(
+            "no-requeue",
+            "nodes",
+            "ntasks",
+            "open-mode",
+            "output",
+            "parsable",
+            "quiet",
+            "requeue",
+            "signal",
+            "test-only",
+        ),
+        *("usage", "verbose", "version", "wait", "wrap"),
+    )
+)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|d)?")
 _DURATION_S = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 # The agent server's own threads count (OpenHands' has about 30); with less it would not even start.
@@ -56,23 +77,30 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+PullPolicy = Literal["missing", "always", "newer", "never"]
+Connect = Literal["auto", "loopback", "paramiko", "openssh"]
 VariableName = Annotated[str, _matching(_VARIABLE, "a variable's name")]
 Duration = Annotated[float | None, BeforeValidator(parse_duration_s)]
 SlurmTime = Annotated[
     str, BeforeValidator(_as_text), _matching(_TIME, "a time as sbatch takes it, such as 30, 01:00:00 or 2-12:00:00")
 ]
+# sbatch(1) 24.11, --gres: "name[[:type]:count]", comma-separated; a count may have a K, M, G … of its own.
+SlurmGres = Annotated[str, _matching(_GRES, "a list as sbatch takes it, such as gpu:1 or gpu:a100:2")]
 SlurmMemory = Annotated[str, BeforeValidator(_as_text), _matching(_MEMORY, "a size as sbatch takes it, such as 4G")]
 
 
-class SlurmOptions(BaseModel):
-    """What to ask Slurm for: sbatch's long option names with underscores, its own formats.
+class SlurmFields(BaseModel):
+    """What can be asked of Slurm: sbatch's long option names with underscores, its own formats.
 
     A field left out is left out of sbatch's argv too, so that the site's default holds.
 
     Attributes:
         time: sbatch's formats; a bare number is minutes.
-        mem, mem_per_cpu: a number with K, M, G or T; a bare number is megabytes.
-        extra: any other long option, by its name with dashes or underscores; None for a flag without a value.
+        mem, mem_per_cpu, mem_per_gpu, tmp: a number with K, M, G or T; a bare number is megabytes.
+        gres: `name[[:type]:count]`, several with commas.
+        exclusive: True for the whole node; `user` and the like as sbatch takes them.
+        extra: any other long option, by its name with dashes or underscores; None for a flag without a value. Not those
+            that we set ourselves, such as `job-name` and `export`.
         setup: shell lines that run before the node program, such as `module load apptainer`.
         template: path of an own batch script template (jinja2) in place of `slurm_templates/workspace.sbatch.j2`.
         python: the interpreter on the node; it must have this package. None: the one that runs now.
@@ -90,26 +118,58 @@ class SlurmOptions(BaseModel):
     cpus_per_task: Annotated[int, Field(gt=0)] | None = None
     mem: SlurmMemory | None = None
     mem_per_cpu: SlurmMemory | None = None
-    gres: Text | None = None
+    mem_per_gpu: SlurmMemory | None = None
+    tmp: SlurmMemory | None = None
+    gres: SlurmGres | None = None
     gpus: Text | None = None
+    gpus_per_node: Text | None = None
+    cpus_per_gpu: Annotated[int, Field(gt=0)] | None = None
+    licenses: Text | None = None
     constraint: Text | None = None
     nodelist: Text | None = None
     exclude: Text | None = None
+    exclusive: bool | Text | None = None
+    begin: Text | None = None
+    dependency: Text | None = None
+    nice: int | None = None
+    mail_type: Text | None = None
+    mail_user: Text | None = None
     comment: Text | None = None
     extra: dict[Text, Text | None] = Field(default_factory=dict)
     setup: list[Text] = Field(default_factory=list)
     template: Text | None = None
     python: Text | None = None
 
+    @model_validator(mode="after")
+    def _extra_is_others(self) -> SlurmFields:
+        for name in self.extra:
+            option = name.lstrip("-").replace("_", "-")
+            if not _LONG_OPTION.fullmatch(option):
+                raise ValueError(f"extra: {name!r} is not the name of a long option of sbatch")
+            if option in _OUR_SBATCH_OPTIONS:
+                raise ValueError(f"extra: {option} is set by hpc-workspace itself")
+            if option.replace("-", "_") in type(self).model_fields:
+                raise ValueError(f"extra: {option} has a place of its own: give {option.replace('-', '_')}=")
+        return self
+
+    @model_validator(mode="after")
+    def _one_memory(self) -> SlurmFields:
+        given = [name for name in ("mem", "mem_per_cpu", "mem_per_gpu") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: give one of them")
+        return self
+
+
+class SlurmOptions(SlurmFields):
+    """What to ask Slurm for; the attributes are those of `SlurmFields`.
+
+    Raises:
+        ConfigError: one is unknown, malformed or contradicts another; it names the option.
+    """
+
     def __init__(self, **values: Any) -> None:
         with _config_errors("SlurmOptions"):
             super().__init__(**values)
-
-    @model_validator(mode="after")
-    def _one_memory(self) -> SlurmOptions:
-        if self.mem is not None and self.mem_per_cpu is not None:
-            raise ValueError("mem and mem_per_cpu contradict each other: give one of them")
-        return self
 
 
 def this_platform() -> str:
@@ -140,14 +200,14 @@ class WorkspaceOptions(BaseModel):
     enable_docker_compat: bool = True
     disable_mount_locations: list[Text] = Field(default_factory=lambda: ["hostfs", "bind-paths"])
     health_check_timeout: Annotated[float, Field(gt=0)] = 120.0
-    pull_policy: Literal["missing", "always", "newer", "never"] = "missing"
+    pull_policy: PullPolicy = "missing"
     runtime: Literal["auto", "apptainer", "singularity", "process"] = "auto"
     writable: Literal["overlay", "tmpfs", "none"] = "overlay"
     max_processes: Annotated[int, Field(ge=_FEWEST_PROCESSES)] | None = None
     verify: bool | Text = False
     encryption_pem: Text | None = None
     slurm: SlurmOptions | Literal["auto"] | None = None
-    connect: Literal["auto", "loopback", "paramiko", "openssh"] = "auto"
+    connect: Connect = "auto"
     queue_timeout: Duration = None
     idle_timeout: Duration = 900.0
 

@@ -91,6 +91,7 @@ class Record(BaseModel):
         node_scratch: the workspace's 0700 directory on the node's own disk.
         extra_ports: ports inside the workspace by name (vscode, vnc); empty unless they were asked for.
         notices: what is not as it was asked for, with the reason, in words for a person.
+        time_left_s: seconds until the job's time limit at the moment this was written; None: no limit is known.
         exit_reason: why it ended, in words; None while it runs.
     """
 
@@ -114,6 +115,7 @@ class Record(BaseModel):
     phases_s: dict[str, float] = Field(default_factory=dict)
     extra_ports: dict[str, int] = Field(default_factory=dict)
     notices: list[str] = Field(default_factory=list)
+    time_left_s: float | None = None
     exit_reason: str | None = None
     failure: Failure | None = None
 

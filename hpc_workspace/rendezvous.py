@@ -188,6 +188,17 @@ class WorkspaceDirectory:
             return None
         return self._read_model("record.json", Record)
 
+    def record_age_s(self) -> float:
+        """How long ago the record was written, by the file server's clock.
+
+        Raises:
+            RendezvousError: there is none, or the directory can't be written.
+        """
+        try:
+            return files.age_s(self.path / "record.json")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
     def wait_final_record(self, timeout_s: float) -> Record | None:
         """The record once it says how the workspace ended; None if it does not within `timeout_s`.
 

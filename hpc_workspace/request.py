@@ -12,10 +12,9 @@ from typing import Any
 from hpc_workspace import apptainer, images, toolbox
 from hpc_workspace.config import load_settings
 from hpc_workspace.errors import ConfigError
-from hpc_workspace.images.fetch import PullPolicy
 from hpc_workspace.images.progress import Tell, as_lines
 from hpc_workspace.images.reference import Reference
-from hpc_workspace.options import SlurmOptions, WorkspaceOptions, this_platform
+from hpc_workspace.options import PullPolicy, SlurmOptions, WorkspaceOptions, this_platform
 from hpc_workspace.record import Spec
 
 log = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import shlex
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_workspace import clock, errors, processes, rendezvous
 from hpc_workspace.apptainer import read_own_environment
+from hpc_workspace.config import load_settings
 from hpc_workspace.connect.ladder import climb
 from hpc_workspace.connect.listener import Listener
 from hpc_workspace.connect.streams import DoorStream, Route, open_door
 from hpc_workspace.errors import (
     ContainerError,
+    JobEndedError,
     QueueTimeoutError,
     RendezvousError,
     RendezvousStaleError,
@@ -55,6 +58,8 @@ _LAST_LOOK_S = 1.0
 _STALE_S = 120.0
 # How long a broken connection may take to turn out to be the end of the workspace.
 _FAREWELL_S = 3.0
+# Slurm tells of a job's end when its epilog is done and the answer that we have is not 2 s old any more.
+_JOB_END_S = 6.0
 
 _open_workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
 
@@ -80,6 +85,8 @@ class Workspace:
         self._extra_listeners: dict[str, Listener] = {}
         self._follower: LogFollower | None = None
         self._lock = threading.RLock()
+        self._lost: WorkspaceError | None = None
+        self._unwatch: Callable[[], None] = lambda: None
         self.phases_s: dict[str, float] = {}
 
     def __repr__(self) -> str:
@@ -159,6 +166,17 @@ class Workspace:
     def notices(self) -> list[str]:  # type: ignore[valid-type]  # the method list hides it
         """What is not as it was asked for, with the reason: a fall-back, a limit. Empty where all is."""
         return [*self._require_record().notices]
+
+    @property
+    def time_left_s(self) -> float | None:
+        """Seconds until the job's time limit, when it ends whatever runs in it; None: there is no limit that we know.
+
+        Raises:
+            RendezvousError: the workspace directory can't be read.
+        """
+        directory = self._require_dir()
+        record = directory.read_record() or self._require_record()
+        return None if record.time_left_s is None else max(0.0, record.time_left_s - directory.record_age_s())
 
     @property
     def api_key(self) -> str:
@@ -383,6 +401,7 @@ class Workspace:
         return True
 
     def _disconnect(self) -> None:
+        self._unwatch()
         extra = self._extra_listeners.values()
         for part in (self._follower, self._listener, *extra, self._client, self._lease, self._route):
             if part is not None:
@@ -406,9 +425,30 @@ class Workspace:
             explain=self._explain,
         )
         self.phases_s["connect"] = clock.now_s() - began_s
+        self._watch_job()
+
+    def _watch_job(self) -> None:
+        """Have it noticed when the job ends although nothing comes over the connection: a dead node says nothing."""
+        from hpc_workspace.launch.slurm import SlurmLaunched
+        from hpc_workspace.launch.watch import watch
+
+        if isinstance(self._launched, SlurmLaunched):
+            self._launched.was_ready = True
+            watch.add(self._launched, self._on_job_ended)
+            self._unwatch = functools.partial(watch.remove, self._launched)
+
+    def _on_job_ended(self, error: WorkspaceError) -> None:
+        """Break every connection, so that whoever waits on one is told. Called from another thread, without the lock:
+        who holds that may be waiting on one of them."""
+        self._lost = error
+        for part in (self._lease, self._route):
+            if part is not None:
+                part.close()
 
     def _dial(self, wish: Wish) -> DoorStream:
         record = self._require_record()
+        if self._lost is not None:
+            raise self._lost
         if self._route is None:
             raise TunnelError(f"Workspace {record.workspace_id} is closed.", node=record.node)
         return open_door(self._route, record.node, self._token, record.workspace_id, wish)
@@ -419,6 +459,8 @@ class Workspace:
         The door says goodbye on the lease once all is gone and the record says why. If the node program itself was
         killed there is no goodbye, and its warden writes the record a moment later.
         """
+        if self._lost is not None:
+            return self._lost
         lease = self._lease
         if lease is None:
             return error
@@ -433,9 +475,23 @@ class Workspace:
             return error
         if record.failure is not None:
             return _as_error(record)
-        return ContainerError(
+        return self._wait_job_end() or ContainerError(
             f"Workspace {record.workspace_id} on {record.node} has ended: {record.exit_reason}.", evidence=error.what
         )
+
+    def _wait_job_end(self) -> JobEndedError | None:
+        """What Slurm says of a job that is ending; None if it ended by itself, or Slurm does not say in time."""
+        if self._launched is None or self._launched.job_id is None:
+            return None
+        deadline = clock.Deadline(_JOB_END_S)
+        for pause_s in clock.pauses_s(*_SLURM_LOOK_S):
+            error = self._launched.find_end()
+            if isinstance(error, JobEndedError):
+                return None if error.state == "COMPLETED" else error
+            if deadline.is_over:
+                break
+            clock.sleep(min(pause_s, deadline.left_s))
+        return None
 
     def _require_client(self) -> AgentServerClient:
         if self._client is None:
@@ -464,7 +520,7 @@ class ApptainerWorkspace(Workspace):
     """
 
     def __init__(self, **options: Any) -> None:
-        self.options = WorkspaceOptions(**options)
+        self.options = WorkspaceOptions(**load_settings().fill_in(options))
         super().__init__(WorkspaceDirectory(Path("-")), connect=self.options.connect)
         self._directory = None
         self._host_port = self.options.host_port
@@ -517,6 +573,24 @@ class ApptainerWorkspace(Workspace):
             _open_workspaces.add(self)
             return self
 
+    def dry_run(self) -> str:
+        """What `start` would run, as lines of shell: sbatch's command line and the batch script, or the node program.
+
+        Nothing is started, fetched or written; `ID` stands for the id that the workspace would get.
+
+        Raises:
+            ConfigError: the template is broken.
+            PrerequisiteError: ours is missing from the installation.
+        """
+        from hpc_workspace.launch import local
+        from hpc_workspace.launch import slurm as slurm_launch
+
+        directory = WorkspaceDirectory(rendezvous.workspaces_dir() / "ID")
+        slurm = self._slurm_options()
+        if slurm is None:
+            return f"{shlex.join(local.build_argv(directory))}\n"
+        return str(slurm_launch.make_submission(directory, slurm))
+
     def __enter__(self) -> ApptainerWorkspace:
         return self.start()
 
@@ -542,7 +616,7 @@ class ApptainerWorkspace(Workspace):
             self.on_progress("slurm='auto': there is no sbatch on PATH, using this machine")
             return None
         self.on_progress("slurm='auto': using Slurm")
-        return SlurmOptions()
+        return load_settings().fill_in_slurm(SlurmOptions())
 
     def _launch(self, slurm: SlurmOptions | None) -> None:
         from hpc_workspace.launch import local

@@ -37,6 +37,7 @@ def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has a state directory and a store of its own."""
     monkeypatch.setenv("HPC_WORKSPACE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HPC_WORKSPACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 def pytest_report_header() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from hpc_workspace import clock
 from hpc_workspace.errors import JobEndedError, SchedulerUnavailableError
 from hpc_workspace.launch.slurm import SlurmLaunched
-from hpc_workspace.launch.slurm_commands import EXPORTED
+from hpc_workspace.launch.slurm_commands import EXPORTED, named_options
 from hpc_workspace.options import SlurmOptions
 from hpc_workspace.rendezvous import WorkspaceDirectory
 
@@ -82,15 +82,17 @@ def _pilot_error(evidence: str) -> JobEndedError:
 
 def _parameters(slurm: SlurmOptions, pilots: int) -> dict[str, Any]:
     """`slurm` in submitit's words. What it has none for goes to sbatch under its own long name."""
-    named = slurm.model_dump(exclude={"extra", "setup", "template", "python"}, exclude_none=True)
+    named = named_options(slurm)
     own = {"partition", "account", "qos", "time", "cpus_per_task", "mem", "mem_per_cpu", "gres", "constraint",
            "nodelist", "exclude", "comment"}  # fmt: skip
     exported = ",".join(name for name in EXPORTED if name in os.environ)
-    others = {name.replace("_", "-"): value for name, value in named.items() if name not in own}
+    # submitit writes a flag without a value for True.
+    words = {name.replace("-", "_"): True if value is None else value for name, value in named.items()}
+    others = {name.replace("_", "-"): value for name, value in words.items() if name not in own}
     return {
-        **{name: value for name, value in named.items() if name in own},
+        **{name: value for name, value in words.items() if name in own},
         "setup": slurm.setup,
         "array_parallelism": pilots,
         "use_srun": False,
-        "additional_parameters": {**others, **slurm.extra, "export": exported or "NIL"},
+        "additional_parameters": {**others, "export": exported or "NIL"},
     }

@@ -12,6 +12,7 @@ from typing import Any
 
 from hpc_workspace.batch.pilot import Agent, Pilot
 from hpc_workspace.batch.run_dir import RunDir
+from hpc_workspace.config import load_settings
 from hpc_workspace.options import SlurmOptions, WorkspaceOptions
 from hpc_workspace.request import prepare_image
 
@@ -63,7 +64,10 @@ def evaluate(
     from hpc_workspace.batch.arrays import run_array
 
     chosen = {**options, **({"image": image} if image else {})}
+    settings = load_settings()
+    chosen = settings.fill_in(chosen)
     WorkspaceOptions(**chosen)
+    slurm = settings.fill_in_slurm(slurm) if slurm is not None else None
     run = RunDir(Path(run_dir))
     run.prepare(tasks)
     run.release_claims()

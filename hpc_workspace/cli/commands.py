@@ -37,7 +37,7 @@ def _workspace_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--sif", "sif_file", metavar="FILE", help="A SIF file that holds an agent server."),
             click.option("--image", metavar="REF", help="Any image or SIF; the bundled server is brought along."),
             click.option("--server-image", metavar="REF", help="An agent server's image, such as ghcr.io/…"),
-            click.option("--runtime", default="auto", help="auto, apptainer, singularity; process: no container."),
+            click.option("--runtime", help="auto (default), apptainer, singularity; process: no container."),
             click.option("--mount-dir", metavar="DIR", help="A directory to see at /workspace."),
             click.option("--fakeroot/--no-fakeroot", "use_fakeroot", default=True, help="Be root inside."),
             click.option("--slurm", is_flag=True, help="Run in a Slurm job."),
@@ -49,6 +49,7 @@ def _workspace_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--gres", help="Slurm: generic resources, such as gpu:1."),
             click.option("--python", help="Slurm: the interpreter on the node."),
             click.option("--setup", multiple=True, help="Slurm: a line of shell before the start; repeatable."),
+            click.option("--dry-run", is_flag=True, help="Print what would be run, sbatch and script; run nothing."),
         ]
     ):
         command = option(command)
@@ -75,9 +76,13 @@ def _make_workspace(values: dict[str, Any]) -> ApptainerWorkspace:
         if given or setup:
             raise ConfigError("Options for Slurm were given without --slurm.", remedy="Add --slurm.")
     else:
-        values["slurm"] = SlurmOptions(**given, setup=setup)
+        values["slurm"] = SlurmOptions(**given, **({"setup": setup} if setup else {}))
+    is_dry = values.pop("dry_run")
     workspace = ApptainerWorkspace(**{name: value for name, value in values.items() if value is not None})
     workspace.on_progress = lambda text: click.echo(text, err=True)
+    if is_dry:
+        click.echo(workspace.dry_run(), nl=False)
+        sys.exit(0)
     return workspace
 
 
@@ -221,6 +226,27 @@ def reap(as_json: bool) -> None:
 
 
 cli.add_command(images)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: key to value and origin.")
+def config(as_json: bool) -> None:
+    """List the settings: what holds here, and where each value is from (environment, file, or built in).
+
+    An option given to a command or to ApptainerWorkspace counts more than any of them.
+    """
+    from hpc_workspace.config import config_file, load_settings
+
+    settings = load_settings()
+    path = config_file()
+    if as_json:
+        found = {key: {"value": value, "origin": origin} for key, value, origin in settings.items()}
+        click.echo(json.dumps({"file": str(path), "settings": found}))
+        return
+    click.echo(f"file: {path}{'' if path.exists() else ' (not there)'}", err=True)
+    for key, value, origin in settings.items():
+        shown = "-" if value in (None, [], {}) else json.dumps(value)
+        click.echo(f"{key:28} {shown:24} {origin}")
 
 
 @cli.command()

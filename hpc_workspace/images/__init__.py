@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from hpc_workspace import apptainer
-from hpc_workspace.config import ImageSettings
+from hpc_workspace.config import ImageSettings, load_settings
 from hpc_workspace.errors import ImageError
-from hpc_workspace.images.fetch import FetchElsewhere, Fetcher, PullPolicy
+from hpc_workspace.images.fetch import FetchElsewhere, Fetcher
 from hpc_workspace.images.progress import Tell
 from hpc_workspace.images.reference import parse_image
 from hpc_workspace.images.store import Store
+from hpc_workspace.options import PullPolicy
 
 
 def cache_dir(option: str | None) -> Path:
-    """The SIF store: `cache_dir`, else `$HPC_WORKSPACE_CACHE`, else `~/.apptainer_cache`."""
-    return Path(option or os.environ.get("HPC_WORKSPACE_CACHE") or "~/.apptainer_cache").expanduser().absolute()
+    """The SIF store: `cache_dir`, else the settings' (`$HPC_WORKSPACE_CACHE` first), else `~/.apptainer_cache`.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    return Path(option or load_settings().workspace.cache_dir or "~/.apptainer_cache").expanduser().absolute()
 
 
 def resolve(

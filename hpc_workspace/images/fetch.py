@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hpc_workspace import apptainer, claims, files
 from hpc_workspace.config import ImageSettings
@@ -39,11 +39,11 @@ from hpc_workspace.images.registry import (
     TransferCutError,
 )
 from hpc_workspace.images.store import Store, ref_key, require_platform, sha256_of, unwritable
+from hpc_workspace.options import PullPolicy
 from hpc_workspace.text import format_bytes
 
 log = logging.getLogger(__name__)
 
-PullPolicy = Literal["missing", "newer", "always", "never"]
 FetchElsewhere = Callable[[Reference, str, PullPolicy], None]
 _WAIT_TIMEOUT_S = 12 * 3600.0
 _BLOBS_AT_ONCE = 3

@@ -321,8 +321,13 @@ class Registry:
     def _note_rate_limit(self, answer: httpx.Response) -> None:
         limit = re.match(r"(\d+);w=(\d+)", answer.headers.get("ratelimit-limit", ""))
         if limit:
-            remaining = re.match(r"\d+", answer.headers.get("ratelimit-remaining", ""))
-            self.rate_limit = RateLimit(int(limit[1]), float(limit[2]), int(remaining[0]) if remaining else None)
+            said = re.match(r"\d+", answer.headers.get("ratelimit-remaining", ""))
+            remaining = int(said[0]) if said else None
+            with self._lock:
+                known = self.rate_limit.remaining if self.rate_limit else None
+                if remaining is not None and known is not None:  # answers come in any order
+                    remaining = min(remaining, known)
+                self.rate_limit = RateLimit(int(limit[1]), float(limit[2]), remaining)
 
     def _refused(self, reference: Reference, answer: httpx.Response, search: Search | None = None) -> ImageError:
         status = answer.status_code

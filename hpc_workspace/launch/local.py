@@ -18,11 +18,17 @@ _REAP_TIMEOUT_S = 15.0
 _LAST_WORD_S = 1.0
 
 
+def build_argv(directory: WorkspaceDirectory) -> list[str]:
+    """The argv of the node program for `directory`, here."""
+    return [sys.executable, "-m", "hpc_workspace.node", str(directory.path)]
+
+
 def launch(directory: WorkspaceDirectory) -> LocalLaunched:
     """Start the node program for `directory`; its log is node.log."""
     with directory.node_log.open("ab") as log:
-        argv = [sys.executable, "-m", "hpc_workspace.node", str(directory.path)]
-        child = processes.spawn(argv, output=log, env=_environment(), cwd=str(directory.path), lifeline=True)
+        child = processes.spawn(
+            build_argv(directory), output=log, env=_environment(), cwd=str(directory.path), lifeline=True
+        )
     return LocalLaunched(directory, child)
 
 

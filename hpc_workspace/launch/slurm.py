@@ -7,6 +7,8 @@ import os
 import shlex
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_workspace import clock, processes
@@ -19,6 +21,7 @@ from hpc_workspace.errors import (
     WorkspaceError,
 )
 from hpc_workspace.launch import slurm_commands
+from hpc_workspace.launch.reasons import explain_end, explain_pending
 from hpc_workspace.launch.slurm_commands import JobStatus
 from hpc_workspace.options import SlurmOptions
 from hpc_workspace.rendezvous import WorkspaceDirectory
@@ -69,17 +72,25 @@ def render_batch_script(template: Path, *, options: SlurmOptions, directory: str
         ) from error
 
 
-def submit(directory: WorkspaceDirectory, options: SlurmOptions) -> SlurmLaunched:
-    """Render the batch script and submit it.
+@dataclass(frozen=True)
+class Submission:
+    """What a job is submitted by: the batch script, and sbatch's argv with all of its options."""
+
+    script: str
+    argv: list[str]
+
+    def __str__(self) -> str:
+        return f"# {shlex.join(self.argv)}\n{self.script}"
+
+
+def make_submission(directory: WorkspaceDirectory, options: SlurmOptions) -> Submission:
+    """Render the script and build the argv; nothing is written or run.
 
     Raises:
         ConfigError: the template is broken.
-        PrerequisiteError: there is no sbatch.
-        SubmitError: sbatch refused.
-        SchedulerUnavailableError: it did not answer, and no job with our name is queued.
+        PrerequisiteError: ours is missing from the installation.
     """
     script = render_batch_script(find_template(options.template), options=options, directory=str(directory.path))
-    directory.write_batch_script(script)
     argv = slurm_commands.build_sbatch_argv(
         options,
         name=job_name(directory),
@@ -88,20 +99,70 @@ def submit(directory: WorkspaceDirectory, options: SlurmOptions) -> SlurmLaunche
         log=str(directory.node_log),
         exported=[name for name in slurm_commands.EXPORTED if name in os.environ],
     )
+    return Submission(script, argv)
+
+
+def submit(directory: WorkspaceDirectory, options: SlurmOptions) -> SlurmLaunched:
+    """Write the batch script and submit it. A job that was queued although sbatch did not say so is found by its name.
+
+    Raises:
+        ConfigError: the template is broken.
+        PrerequisiteError: there is no sbatch.
+        SubmitError: sbatch refused; nothing is queued.
+        SchedulerUnavailableError: Slurm did not answer, and nobody knows whether the job is queued.
+    """
+    submission = make_submission(directory, options)
+    directory.write_batch_script(submission.script)
+    python = options.python or sys.executable
     try:
-        ended = processes.run(argv, timeout_s=_QUESTION_TIMEOUT_S, env=slurm_commands.strip_environment(os.environ))
+        ended = _ask_slurm(submission.argv)
     except processes.ProgramTimeoutError as error:
-        raise SchedulerUnavailableError(
-            f"sbatch did not answer within {error.timeout_s:g} s; the job may or may not have been queued.",
-            remedy=f"Look for it: squeue --me --name={job_name(directory)}",
-        ) from error
+        return SlurmLaunched(directory, _find_queued(job_name(directory), str(error)), python)
+    if ended.returncode == 0:
+        return SlurmLaunched(directory, slurm_commands.parse_sbatch(ended.stdout), python)
+    if any(sign in ended.said for sign in _NOBODY_KNOWS):
+        return SlurmLaunched(directory, _find_queued(job_name(directory), ended.said), python)
+    raise SubmitError(
+        "sbatch refused the job.",
+        evidence=ended.said,
+        remedy="`sinfo -s` lists the partitions; `sacctmgr show assoc user=$USER` your accounts.",
+    )
+
+
+# What Slurm's commands say when the controller was silent: it may have heard them all the same. Slurm 24.11, errno.c.
+_NOBODY_KNOWS = (
+    "Socket timed out",
+    "Unable to contact slurm controller",
+    "Zero Bytes were transmitted",
+    "Message receive",
+)
+
+
+def _find_queued(name: str, said: str) -> str:
+    """The id of the job called `name`, after an sbatch of which nobody knows whether it was heard.
+
+    Raises:
+        SubmitError: there is no such job.
+        SchedulerUnavailableError: Slurm does not answer.
+    """
+    unknown = SchedulerUnavailableError(
+        "Slurm does not answer: the job may or may not have been queued.",
+        evidence=said,
+        remedy=f"When it answers again, look for it: squeue --me --name={name}",
+    )
+    try:
+        ended = _ask_slurm(slurm_commands.build_find_argv(name))
+    except processes.ProgramTimeoutError:
+        raise unknown from None
     if ended.returncode != 0:
-        raise SubmitError(
-            "sbatch refused the job.",
-            evidence=ended.said,
-            remedy="`sinfo -s` lists the partitions; `sacctmgr show assoc user=$USER` your accounts.",
-        )
-    return SlurmLaunched(directory, slurm_commands.parse_sbatch(ended.stdout), options.python or sys.executable)
+        raise unknown
+    if not (found := ended.stdout.split()):
+        raise SubmitError("sbatch did not get through to Slurm: nothing is queued.", evidence=said)
+    return found[0]
+
+
+def _ask_slurm(argv: Sequence[str]) -> processes.Completed:
+    return processes.run(argv, timeout_s=_QUESTION_TIMEOUT_S, env=slurm_commands.strip_environment(os.environ))
 
 
 def job_name(directory: WorkspaceDirectory) -> str:
@@ -130,11 +191,7 @@ class JobView:
 
     def _ask(self) -> dict[str, JobStatus]:
         try:
-            ended = processes.run(
-                slurm_commands.build_squeue_argv(),
-                timeout_s=_QUESTION_TIMEOUT_S,
-                env=slurm_commands.strip_environment(os.environ),
-            )
+            ended = _ask_slurm(slurm_commands.build_squeue_argv())
         except processes.ProgramTimeoutError as error:
             raise SchedulerUnavailableError(str(error)) from error
         if ended.returncode != 0:
@@ -146,7 +203,11 @@ view = JobView()
 
 
 class SlurmLaunched:
-    """A node program in a job, submitted by this process or another."""
+    """A node program in a job, submitted by this process or another.
+
+    Attributes:
+        was_ready: whether its workspace has been used; set by who uses it, and part of what an end is called.
+    """
 
     def __init__(self, directory: WorkspaceDirectory, job_id: str, python: str) -> None:
         self.job_id: str | None = job_id
@@ -154,6 +215,7 @@ class SlurmLaunched:
         self._directory = directory
         self._python = python
         self._last = JobStatus(job_id, "PENDING")
+        self.was_ready = False
         self._missing: clock.Deadline | None = None
 
     def status(self, *, max_age_s: float = _ASK_AGAIN_S) -> JobStatus:
@@ -176,7 +238,7 @@ class SlurmLaunched:
             return None
         argv = slurm_commands.build_sacct_argv(self._job)
         try:
-            ended = processes.run(argv, timeout_s=_QUESTION_TIMEOUT_S, env=slurm_commands.strip_environment(os.environ))
+            ended = _ask_slurm(argv)
         except processes.ProgramTimeoutError:
             return None
         return slurm_commands.parse_sacct(ended.stdout) if ended.returncode == 0 else None
@@ -188,7 +250,7 @@ class SlurmLaunched:
             return None
         if not status.is_final and status.state != "LOST":
             return None
-        return job_ended_error(self._directory, status, self._python)
+        return job_ended_error(self._directory, status, self._python, was_ready=self.was_ready)
 
     def is_pending(self) -> bool:
         return self._last.is_waiting
@@ -201,7 +263,7 @@ class SlurmLaunched:
         """
         argv = slurm_commands.build_scancel_argv(self._job)
         try:
-            ended = processes.run(argv, timeout_s=_QUESTION_TIMEOUT_S, env=slurm_commands.strip_environment(os.environ))
+            ended = _ask_slurm(argv)
         except processes.ProgramTimeoutError as error:
             raise SchedulerUnavailableError(str(error), job_id=self._job) from error
         if ended.returncode != 0 and "Invalid job id" not in ended.said:
@@ -222,14 +284,24 @@ class SlurmLaunched:
         return False
 
     def describe(self) -> str:
-        because = f" ({self._last.reason})" if self._last.is_waiting and self._last.reason not in ("", "None") else ""
-        return f"Slurm job {self._job}: {self._last.state}{because}"
+        """The job in one line: Slurm's word, why it waits, when Slurm expects it to start."""
+        status = self._last
+        line = f"Slurm job {self._job}: {status.state}"
+        if not status.is_waiting or status.reason in ("", "None"):
+            return line
+        reason = explain_pending(status.reason)
+        line += f", {reason.text} ({status.reason})" if reason.text else f" ({status.reason})"
+        if reason.never_resolves:
+            return f"{line}. Waiting does not help: {reason.remedy}"
+        return f"{line}; Slurm expects it to start at {status.start}" if status.start not in ("", "N/A") else line
 
 
-def job_ended_error(directory: WorkspaceDirectory, status: JobStatus, python: str) -> WorkspaceError:
-    """Why a job ended before its workspace published an address, with the tail of its log."""
+def job_ended_error(
+    directory: WorkspaceDirectory, status: JobStatus, python: str, *, was_ready: bool = False
+) -> WorkspaceError:
+    """Why a job ended under its workspace, or before it published an address, with the tail of its log."""
     tail = directory.log_tail(directory.node_log)
-    if (
+    if not was_ready and (
         ("No module named" in tail and "hpc_workspace" in tail)
         or ("not found" in tail and python in tail)
         or ("No such file" in tail and python in tail)
@@ -240,8 +312,9 @@ def job_ended_error(directory: WorkspaceDirectory, status: JobStatus, python: st
             remedy='Name one that the nodes have: SlurmOptions(python="/shared/venv/bin/python").',
         )
     on = f" on {status.node}" if status.node else ""
+    when = "under its workspace" if was_ready else "before the workspace was ready"
     return JobEndedError(
-        f"Slurm job {status.job_id} ended as {status.state}{on} before the workspace was ready.",
+        f"Slurm job {status.job_id}{on} {explain_end(status.state, status.reason)} {when}.",
         job_id=status.job_id,
         state=status.state,
         node=status.node,
@@ -254,5 +327,6 @@ _REMEDIES = {
     "TIMEOUT": 'Ask for more time: SlurmOptions(time="02:00:00").',
     "OUT_OF_MEMORY": 'Ask for more memory: SlurmOptions(mem="8G").',
     "NODE_FAIL": 'Exclude the node: SlurmOptions(exclude="{node}").',
+    "PREEMPTED": "Start another, or ask for a QOS or partition whose jobs are not preempted.",
     "LOST": "Slurm no longer knows the job: ask its administrators.",
 }

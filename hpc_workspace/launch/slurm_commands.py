@@ -91,12 +91,20 @@ def build_sbatch_argv(
         "--ntasks=1",
         "--signal=B:USR1@120",
     ]
+    return [*argv, *(_flag(option, value) for option, value in named_options(options).items()), script]
+
+
+def named_options(options: SlurmOptions) -> dict[str, str | int | None]:
+    """The options that sbatch gets, by its long names; None for a flag without a value."""
     own = {"extra", "setup", "template", "python"}
-    named = {field: value for field, value in options.model_dump(exclude=own).items() if value is not None}
-    for option, value in {**named, **options.extra}.items():
-        flag = f"--{option.lstrip('-').replace('_', '-')}"
-        argv.append(flag if value is None else f"{flag}={value}")
-    return [*argv, script]
+    # True is a flag, False is what sbatch does without it.
+    values = {name: value for name, value in options.model_dump(exclude=own).items() if value not in (None, False)}
+    named = {name: None if value is True else value for name, value in values.items()}
+    return {name.lstrip("-").replace("_", "-"): value for name, value in {**named, **options.extra}.items()}
+
+
+def _flag(option: str, value: str | int | None) -> str:
+    return f"--{option}" if value is None else f"--{option}={value}"
 
 
 def parse_sbatch(stdout: str) -> str:
@@ -109,6 +117,11 @@ def parse_sbatch(stdout: str) -> str:
         if match := _JOB_ID.fullmatch(line.strip()):
             return match[1]
     raise SubmitError("sbatch gave no job id.", evidence=stdout.strip()[-1000:])
+
+
+def build_find_argv(name: str) -> list[str]:
+    """The argv that asks for the id of a job by its name."""
+    return ["squeue", "--noheader", "--me", "--all", "--states=all", f"--name={name}", "--format=%i"]
 
 
 def build_squeue_argv() -> list[str]:

@@ -15,6 +15,7 @@ import signal
 import socket
 import stat
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ HEARTBEAT_S = 30.0
 # A client that was killed between the launch and its first lease must not leave a workspace behind.
 FIRST_LEASE_S = 120.0
 _UNANSWERED_LOOKS_MAX = 60
+# A TERM that comes this near to the time limit is the limit's.
+_AT_LIMIT_S = 30.0
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -173,9 +176,11 @@ class NodeProgram:
             case EndRequested():
                 return "closed by its client"
             case Signalled(signal.SIGUSR1):
-                log.warning("the job's time limit is near")
+                self._announce_time_limit()
             case Signalled(number):
-                return f"got {signal.Signals(number).name}"
+                left_s = self._time_left_s()
+                at_limit = left_s is not None and left_s < _AT_LIMIT_S
+                return "the job's time limit" if at_limit else f"got {signal.Signals(number).name}"
             case ServerDied(child, returncode) if self._running is not None and child is self._running.child:
                 raise server_death(self.directory, returncode)
             case DetachRequested():
@@ -185,6 +190,23 @@ class NodeProgram:
             case LeasesChanged(count):
                 self._had_lease = self._had_lease or count > 0
         return ""
+
+    def _announce_time_limit(self) -> None:
+        """Slurm's warning that the time limit is near (sbatch --signal): said in the log and in the record."""
+        left_s = self._time_left_s()
+        said = f"the job's time limit is near{f': {left_s:.0f} s are left' if left_s is not None else ''}"
+        log.warning("%s", said)
+        if self._running is not None:
+            self._running.notices.append(said)
+            try:
+                self._publish("ready")
+            except WorkspaceError as error:
+                log.warning("that can't be told: %s", error)
+
+    def _time_left_s(self) -> float | None:
+        """Seconds until the job's time limit, to the moment that passed between the job's start and ours."""
+        limit_s = time_limit_s(os.environ)
+        return None if limit_s is None else limit_s - self._started.elapsed_s
 
     def _may_idle(self) -> bool:
         return self._door is not None and self._door.leases == 0
@@ -241,7 +263,8 @@ class NodeProgram:
         return child.pid if child else 0
 
     def _publish(self, state: State, reason: str | None = None, failure: Failure | None = None) -> None:
-        known: dict[str, Any] = {"phases_s": {name: round(seconds, 4) for name, seconds in self._phases_s.items()}}
+        known: dict[str, Any] = {"time_left_s": self._time_left_s()}
+        known |= {"phases_s": {name: round(seconds, 4) for name, seconds in self._phases_s.items()}}
         if self._door:
             known |= {"port": self._door.port, "socket": self._door.socket_path}
         if self._scratch:
@@ -299,6 +322,16 @@ def make_record(spec: Spec, owner: Owner, *, state: State, **known: Any) -> Reco
         started_at=clock.wall_s(),
         **(unknown | known),
     )
+
+
+def time_limit_s(environment: Mapping[str, str]) -> float | None:
+    """How long the job may run in all; None without a job, or where Slurm does not say (before 22.05).
+
+    Source: sbatch(1) 24.11, OUTPUT ENVIRONMENT VARIABLES, SLURM_JOB_START_TIME and SLURM_JOB_END_TIME: seconds
+    since the epoch, by the controller's clock. Only their difference is used: this node's clock may be another.
+    """
+    start, end = (environment.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
+    return float(end) - float(start) if start.isdigit() and end.isdigit() else None
 
 
 def left_behind(left: list[str], before: Failure | None = None) -> Failure:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import hpc_workspace
-from hpc_workspace import SlurmOptions, apptainer, errors, images
+from hpc_workspace import SlurmOptions, apptainer, errors
 from hpc_workspace.client import wrap_command
 from hpc_workspace.errors import ConfigError, SubmitError, WorkspaceError
 from hpc_workspace.launch import slurm, slurm_commands
@@ -76,12 +76,13 @@ def test_every_error_pickles_whole() -> None:
 @pytest.mark.parametrize("value", NASTY)
 def test_options_reach_sbatch_as_argv_word_for_word(value: str) -> None:
     argv = slurm_commands.build_sbatch_argv(
-        SlurmOptions(comment=value, extra={"wckey": value, "exclusive": None}),
+        SlurmOptions(comment=value, exclusive=True, extra={"wckey": value, "spread-job": None}),
         name="n", directory="/d", script="/d/s", log="/d/100%.log", exported=["HOME"],
     )  # fmt: skip
     assert f"--comment={value}" in argv
     assert f"--wckey={value}" in argv
     assert "--exclusive" in argv
+    assert "--spread-job" in argv
     assert "--output=/d/100%%.log" in argv
     assert "--export=HOME" in argv
     assert argv[-1] == "/d/s"
@@ -169,18 +170,6 @@ def test_a_mount_survives_colons_and_commas() -> None:
         apptainer.format_mount(apptainer.Mount("/a:b,c", "/d", read_only=True))
         == 'type=bind,"source=/a:b,c",destination=/d,ro'
     )
-
-
-def test_names_that_differ_never_share_a_file(tmp_path: Path) -> None:
-    names = ["docker://a/b:c", "docker://a_b:c", "docker://a/b_c"]
-    assert len({images.store_path(tmp_path, name, "linux/amd64") for name in names}) == 3
-
-
-@pytest.mark.parametrize(
-    ("image", "reference"), [("python:3.12", "docker://python:3.12"), ("oras://x/y", "oras://x/y"), ("./a.sif", None)]
-)
-def test_references_are_told_from_paths(image: str, reference: str | None) -> None:
-    assert images.as_reference(image) == reference
 
 
 @pytest.mark.parametrize("value", NASTY)
