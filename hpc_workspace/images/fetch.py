@@ -399,12 +399,16 @@ class _Download:
         self._meter.add(_size(part))
         for _ in range(2):  # what an earlier one left may be wrong: then all of it is fetched again
             self._complete(blob, part)
-            if sha256_of(part) == path.name:
-                files.flush(part)
-                part.replace(path)
-                return path
-            self._meter.add(-_size(part))
-            part.unlink()
+            try:
+                if sha256_of(part) == path.name:
+                    files.flush(part)
+                    part.replace(path)
+                    return path
+                self._meter.add(-_size(part))
+                part.unlink()
+            except FileNotFoundError:  # who took us for dead was faster, or somebody cleared it away
+                if self._store.has_layer(blob.digest, blob.size_bytes):
+                    return path
         raise ImageError(
             f"{self._registry.host} sent something else than {blob.digest}: it was thrown away.",
             remedy="Try again; if it stays so, the registry or a proxy on the way is broken.",

@@ -140,16 +140,18 @@ def prune(
     spared = {path.resolve() for path in in_use}
     pruned = Pruned()
     images = list_images(store)
-    is_busy = any(claims.is_held(store.claims, name) for name in claims.names(store.claims))
     try:
         if not dry_run:
             claims.remove_abandoned(store.claims)
         for folder in sorted(store.work.iterdir()):
             if store.is_dead_work(folder):
                 _remove(folder, pruned, dry_run)
-        # A layer under a claim is being fetched or converted: all wait until nothing is.
-        for layer in sorted(store.layers.iterdir()) if not is_busy else []:
-            _remove(layer, pruned, dry_run)
+        layers = sorted(store.layers.iterdir())
+        # A layer under a claim is being fetched or converted: all wait until nothing is. Asked after the list was made:
+        # a layer that is being fetched since is not on it.
+        if not any(claims.is_held(store.claims, name) for name in claims.names(store.claims)):
+            for layer in layers:
+                _remove(layer, pruned, dry_run)
         for image in images:
             is_old = unused_for_s is not None and image.unused_s >= unused_for_s
             is_nobodys = not image.names and image.unused_s >= _YOUNG_S

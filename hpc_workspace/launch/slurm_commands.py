@@ -98,7 +98,8 @@ def named_options(options: SlurmOptions) -> dict[str, str | int | None]:
     """The options that sbatch gets, by its long names; None for a flag without a value."""
     own = {"extra", "setup", "template", "python"}
     # True is a flag, False is what sbatch does without it.
-    values = {name: value for name, value in options.model_dump(exclude=own).items() if value not in (None, False)}
+    given = options.model_dump(exclude=own).items()
+    values = {name: value for name, value in given if value is not None and value is not False}
     named = {name: None if value is True else value for name, value in values.items()}
     return {name.lstrip("-").replace("_", "-"): value for name, value in {**named, **options.extra}.items()}
 
