@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from hpc_workspace import clock, errors, processes, rendezvous
+from hpc_workspace import clock, errors, exits, processes, rendezvous
 from hpc_workspace.apptainer import read_own_environment
 from hpc_workspace.config import load_settings
 from hpc_workspace.connect.ladder import climb
@@ -337,7 +337,7 @@ class Workspace:
     def disconnect(self) -> None:
         """Leave the workspace as it is, and let go of it: it ends when its last client is gone or it is idle."""
         with self._lock:
-            _open_workspaces.discard(self)
+            _note_closed(self)
             self._launched = None
             self._disconnect()
 
@@ -352,7 +352,7 @@ class Workspace:
             if launched is None:
                 return
             self._launched = None
-            _open_workspaces.discard(self)
+            _note_closed(self)
             told = record is not None and self._end_through_door()
             self._disconnect()
             if not told:
@@ -550,6 +550,7 @@ class ApptainerWorkspace(Workspace):
                 return self
             began = clock.Deadline(None)
             slurm = self._slurm_options()
+            exits.make_orderly()
             try:
                 self._take_ports()
                 spec = make_spec(self.options, slurm=slurm, say=self.on_progress)
@@ -565,6 +566,7 @@ class ApptainerWorkspace(Workspace):
                     self._follower = LogFollower(self._directory.server_log, server_log, self._directory.workspace_id)
             except BaseException:
                 self._undo_start()
+                _note_closed(self)
                 raise
             for notice in self._record.notices:
                 log.warning("%s: %s", self._directory.workspace_id, notice)
@@ -754,6 +756,13 @@ def _end_from_outside(launched: Launched) -> None:
         launched.end()
     except SchedulerUnavailableError as error:
         log.warning("%s", error)
+
+
+def _note_closed(workspace: Workspace) -> None:
+    """There is one workspace less that must not outlive this process."""
+    _open_workspaces.discard(workspace)
+    if not _open_workspaces:
+        exits.make_default_again()
 
 
 @atexit.register

@@ -94,7 +94,7 @@ def test_a_stranger_gets_no_file_and_nothing_but_a_nonce_from_the_door(cluster: 
 def test_a_job_that_ends_before_publishing_is_an_error_with_job_state_node_and_log(cluster: Cluster) -> None:
     ended = cluster.run("login", [*RUN, "--image", TINY, "--setup", "echo no such module >&2; exit 7", "--", "true"])
     assert ended.returncode == 255
-    assert re.search(r"Slurm job \d+ ended as FAILED on n0\d before the workspace was ready", ended.stderr)
+    assert re.search(r"Slurm job \d+ on n0\d failed \(FAILED\) before the workspace was ready", ended.stderr)
     assert "no such module" in ended.stderr
     assert "Traceback" not in ended.stderr
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -154,3 +156,28 @@ def test_the_watch_tells_of_an_end_once_and_of_silence_never() -> None:
     watch.remove(job)
     assert other.looks <= seen + 1
     assert told == [told[0]]
+
+
+TERMED = """
+import os, signal, sys
+from hpc_workspace import exits
+own = sys.argv[1] == "own"
+if own:
+    signal.signal(signal.SIGTERM, lambda *_: print("own handler") or sys.exit(3))
+exits.make_orderly()
+try:
+    if sys.argv[1] == "undone":
+        exits.make_default_again()
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+finally:
+    print("closed", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "output"), [("orderly", 143, "closed\n"), ("own", 3, "own handler\nclosed\n"), ("undone", -15, "")]
+)
+def test_a_term_closes_what_is_open_unless_the_program_knows_better(how: str, code: int, output: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", TERMED, how], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (code, output)
