@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hpc_workspace.client import wrap_command
 from hpc_workspace.errors import ConfigError, SubmitError, WorkspaceError
 from hpc_workspace.launch import slurm, slurm_commands
 from hpc_workspace.options import WorkspaceOptions, parse_duration_s
+from tests.conftest import skip_or_fail
 
 NASTY = ['a"=0"', "a'; echo foo", "$(touch /tmp/x)", "a b", "ü", "`id`", "%j"]
 
@@ -113,6 +116,17 @@ def test_the_batch_script_is_this() -> None:
         "# exec: Slurm signals the batch shell, which must be the node program itself.",
         "exec /usr/bin/python3 -m hpc_workspace.node /d",
     ]
+
+
+@pytest.mark.parametrize("setup", [[], ["module load apptainer", "export TMPDIR=/scratch/$USER"]])
+def test_shellcheck_finds_nothing_in_the_batch_script(setup: list[str], tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        skip_or_fail("there is no shellcheck (Debian: apt-get install shellcheck)")
+    options = SlurmOptions(python="/opt/my python", setup=setup)
+    path = tmp_path / "script"
+    path.write_text(slurm.render_batch_script(slurm.find_template(None), options=options, directory="/home/a b"))
+    found = subprocess.run(["shellcheck", "--severity=style", str(path)], capture_output=True, text=True, check=False)
+    assert (found.stdout, found.returncode) == ("", 0)
 
 
 def test_a_template_with_an_unknown_name_is_a_config_error(tmp_path: Path) -> None:
