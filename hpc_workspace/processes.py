@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -139,6 +140,6 @@ def spawn(
     return Child(process)
 
 
-def find_program(name: str) -> str | None:
-    """Where `name` is on PATH; None if it is not."""
-    return shutil.which(name)
+def find_program(name: str, *, of_system: bool = False) -> str | None:
+    """Where `name` is on PATH, or with `of_system` where the system has its programs if not; None if it is nowhere."""
+    return shutil.which(name) or (shutil.which(name, path=os.defpath) if of_system else None)

@@ -143,10 +143,10 @@ def prune(
     try:
         if not dry_run:
             claims.remove_abandoned(store.claims)
-        for folder in sorted(store.work.iterdir()):
+        for folder in _entries(store.work):
             if store.is_dead_work(folder):
                 _remove(folder, pruned, dry_run)
-        layers = sorted(store.layers.iterdir())
+        layers = _entries(store.layers)
         # A layer under a claim is being fetched or converted: all wait until nothing is. Asked after the list was made:
         # a layer that is being fetched since is not on it.
         if not any(claims.is_held(store.claims, name) for name in claims.names(store.claims)):
@@ -163,8 +163,8 @@ def prune(
         for path, image_path in store.refs_with_images():
             if image_path in gone or not image_path.exists():
                 _remove(path, pruned, dry_run)
-        for facts in sorted(store.images.glob("*.json")):
-            if not facts.with_suffix(".sif").exists() and files.age_s(facts) > _YOUNG_S:
+        for facts in _entries(store.images, "*.json"):
+            if not facts.with_suffix(".sif").exists() and _age_s(facts) > _YOUNG_S:
                 _remove(facts, pruned, dry_run)
         for tree in _useless_toolboxes(store.root, spared, keep_toolbox):
             # Out of sight first: nobody may find a manifest in a tree that is half gone.
@@ -177,8 +177,23 @@ def prune(
 def _useless_toolboxes(root: Path, spared: set[Path], keep: Path | None) -> list[Path]:
     """Toolboxes of other versions that nobody has used for two days (use is noted to a day), and halves of a day."""
     whole = [path for path in toolbox.list_toolboxes(root) if path != keep and path.resolve() not in spared]
-    old = [path for path in whole if files.age_s(_marker(path)) > 2 * _YOUNG_S]
-    return sorted([*old, *(path for path in toolbox.list_parts(root) if files.age_s(path) > _YOUNG_S)])
+    old = [path for path in whole if _age_s(_marker(path)) > 2 * _YOUNG_S]
+    return sorted([*old, *(path for path in toolbox.list_parts(root) if _age_s(path) > _YOUNG_S)])
+
+
+def _entries(folder: Path, pattern: str = "*") -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:  # a store that is just being made
+        return []
+
+
+def _age_s(path: Path) -> float:
+    """As `files.age_s`; what somebody else has just removed is young: nothing is left to be done about it."""
+    try:
+        return files.age_s(path)
+    except FileNotFoundError:
+        return 0.0
 
 
 def _marker(tree: Path) -> Path:

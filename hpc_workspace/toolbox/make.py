@@ -249,7 +249,9 @@ def _copy_shared_objects(objects: Sequence[Path], lib: Path, root: Path, beside:
     """
     search_path = ":".join(filter(None, (beside, os.environ.get("LD_LIBRARY_PATH", ""))))
     environment = {**os.environ, "LD_LIBRARY_PATH": search_path} if search_path else None
-    ended = processes.run(["ldd", *map(str, objects)], timeout_s=120, env=environment)
+    ended = processes.run(
+        [processes.find_program("ldd", of_system=True) or "ldd", *map(str, objects)], timeout_s=120, env=environment
+    )
     needed = {match[1] for line in ended.stdout.splitlines() if (match := _LDD_LINE.match(line))}
     loaders = sorted(path for path in needed if re.match(r"ld-|ld\d*\.so", Path(path).name))
     if not loaders:
@@ -265,8 +267,8 @@ def _copy_shared_objects(objects: Sequence[Path], lib: Path, root: Path, beside:
 
 
 def _find_git() -> Path | None:
-    """The binary of the git on PATH, which may be a script that calls it; None where there is none."""
-    found = processes.find_program("git")
+    """The binary of the git on PATH, else the system's; it may be a script that calls it. None where there is none."""
+    found = processes.find_program("git", of_system=True)
     if found is None:
         return None
     binary = os.path.realpath(found)
