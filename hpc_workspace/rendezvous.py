@@ -332,9 +332,12 @@ def paths_in_use() -> list[Path]:
     """Images and toolboxes of this user's workspaces that have not said that they ended."""
     found = []
     for directory in list_workspaces():
-        with contextlib.suppress(RendezvousError, OSError):
+        try:
             record = directory.read_record()
-            if record is None or not record.is_final:
+        except (RendezvousError, OSError):  # it may live: of a later version, say
+            record = None
+        if record is None or not record.is_final:
+            with contextlib.suppress(RendezvousError, OSError):
                 spec = directory.read_spec()
                 found += [Path(path) for path in (spec.image, spec.toolbox) if path]
     return found

@@ -240,13 +240,23 @@ class Fetcher:
             self._gather(registry, reference, source, blobs)
             if runtime is None:
                 assert source.sif is not None
-                aside = blobs / self.store.layer_path(source.sif.digest).name
+                aside = self._require_unchanged(blobs / self.store.layer_path(source.sif.digest).name)
                 apptainer.require_image(str(aside))
             else:
                 self._require_platform(reference, source, blobs)
                 _lay_out(source, work / "layout")
                 aside = self._convert("oci:layout", reference, work, runtime)
             return self.store.publish(aside, reference, source.digest, self.platform)
+
+    def _require_unchanged(self, sif: Path) -> Path:
+        """Raises: ImageError: it is not what its name says. Under another name the same file is a published image."""
+        if sha256_of(sif) != sif.name:
+            (self.store.layers / sif.name).unlink(missing_ok=True)
+            raise ImageError(
+                "What the store has of it was changed since it was fetched: it was thrown away.",
+                remedy="Try again: it is fetched anew then.",
+            )
+        return sif
 
     def _gather(self, registry: Registry, reference: Reference, source: Source, folder: Path) -> None:
         """Every blob in `folder` too, where nobody's clearing up takes it away from us."""

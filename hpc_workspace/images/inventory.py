@@ -155,8 +155,9 @@ def prune(
         for image in images:
             is_old = unused_for_s is not None and image.unused_s >= unused_for_s
             is_nobodys = not image.names and image.unused_s >= _YOUNG_S
-            is_made = claims.is_held(store.claims, f"image-{image.path.stem}")
-            if (is_old or is_nobodys) and not is_made and image.path.resolve() not in spared:
+            if not (is_old or is_nobodys) or image.path.resolve() in spared:
+                continue
+            if not claims.is_held(store.claims, f"image-{image.path.stem}"):  # else somebody is fetching it anew
                 _remove(image.path, pruned, dry_run)
                 _remove(image.path.with_suffix(".json"), pruned, dry_run)
         gone = {path for path, _ in pruned.removed}

@@ -229,12 +229,12 @@ def run():
     with w:
         return w.job
 on_slurm = run()
-os.mkdir("/tmp/bin")
-for name in ("apptainer", "fusermount3"):
-    os.symlink(f"/usr/bin/{name}", f"/tmp/bin/{name}")
-os.environ["PATH"] = "/tmp/bin"
-here = run()
-subprocess.run(["/usr/bin/rm", "-r", "/tmp/bin"])
+import tempfile
+with tempfile.TemporaryDirectory() as few:
+    for name in ("apptainer", "fusermount3"):
+        os.symlink(f"/usr/bin/{name}", f"{few}/{name}")
+    os.environ["PATH"] = few
+    here = run()
 tell(on_slurm=on_slurm, here=here, said=said)
 """
     told = cluster.tell(NODE, code)

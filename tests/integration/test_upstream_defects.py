@@ -491,9 +491,9 @@ def test_defect_platform_does_nothing(cluster: Cluster, pullers: list[Client]) -
     push(cluster, pullers[0], PUSH_PLATFORMS)
     told = pullers[0].tell("""
 def pulled(arch):
-    argv = [f"{VENV}/hpc-workspace", "images", "pull", f"--store={TMP}/store", f"--platform=linux/{arch}", f"{NAME}/arch"]
+    argv = [str(Path(sys.executable).parent / "hpc-workspace"), "images", "pull", f"--store={TMP}/store", f"--platform=linux/{arch}", f"{NAME}/arch"]
     path = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
-    with ApptainerWorkspace(image=path) as w:
+    with ApptainerWorkspace(image=path, cache_dir=f"{TMP}/store") as w:
         return w.execute_command("cat /marker").stdout.strip()
 tell(markers=[pulled(arch) for arch in ("arm64", "amd64")])""")
     assert told["markers"] == ["arm64", "amd64"]
