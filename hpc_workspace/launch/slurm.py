@@ -29,6 +29,8 @@ from hpc_workspace.rendezvous import WorkspaceDirectory
 _TEMPLATE = "workspace.sbatch.j2"
 _QUESTION_TIMEOUT_S = 45.0
 _ASK_AGAIN_S = 2.0
+# A question to a silent controller takes 18 s (squeue of Slurm 24.11) or until our time-out.
+_SILENCE_S = 5.0
 _LOST_AFTER_S = 90.0
 
 
@@ -176,6 +178,7 @@ class JobView:
         self._lock = threading.Lock()
         self._asked: clock.Deadline | None = None
         self._jobs: dict[str, JobStatus] = {}
+        self._silence: tuple[clock.Deadline, SchedulerUnavailableError] | None = None
 
     def status(self, job_id: str, *, max_age_s: float = _ASK_AGAIN_S) -> JobStatus | None:
         """The job as of at most `max_age_s` ago; None if Slurm does not mention it.
@@ -185,9 +188,19 @@ class JobView:
         """
         with self._lock:
             if self._asked is None or self._asked.elapsed_s >= max_age_s:
-                self._jobs = self._ask()
-                self._asked = clock.Deadline(None)
+                self._ask_unless_silent()
             return self._jobs.get(job_id)
+
+    def _ask_unless_silent(self) -> None:
+        """Ask anew; a controller that has just been silent is not asked again by each who wants to know of a job."""
+        if self._silence is not None and not self._silence[0].is_over:
+            raise self._silence[1]
+        try:
+            self._jobs = self._ask()
+        except SchedulerUnavailableError as error:
+            self._silence = (clock.Deadline(_SILENCE_S), error)
+            raise
+        self._asked, self._silence = clock.Deadline(None), None
 
     def _ask(self) -> dict[str, JobStatus]:
         try:

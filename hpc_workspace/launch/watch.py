@@ -62,6 +62,7 @@ class Watch:
                 if not self._watched:
                     self._thread = None
                     return
+                self._changed.clear()  # the last one went, and another came before we woke
                 watched = list(self._watched.items())
             for launched, on_end in watched:
                 self._look(launched, on_end)

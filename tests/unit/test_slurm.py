@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -181,3 +182,28 @@ finally:
 def test_a_term_closes_what_is_open_unless_the_program_knows_better(how: str, code: int, output: str) -> None:
     ended = subprocess.run([sys.executable, "-c", TERMED, how], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (code, output)
+
+
+def test_a_watch_that_was_left_and_taken_up_again_rests_between_its_looks() -> None:
+    watch = Watch(at_rest_s=3600)
+    first, second = _Job(), _Job()
+    watch.add(first, lambda _: None)
+    watch.remove(first)
+    watch.add(second, lambda _: None)
+    thread = watch._thread
+    assert thread is not None
+    thread.join(0.2)
+    assert second.looks <= 1
+
+
+def test_a_silent_controller_is_asked_once_for_all_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a squeue that counts its calls and fails as it does when the controller does not answer."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho x >> {tmp_path}/calls\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    view = slurm.JobView()
+    for job in range(20):
+        with pytest.raises(SchedulerUnavailableError):
+            view.status(str(job))
+    assert (tmp_path / "calls").read_text() == "x\n"
