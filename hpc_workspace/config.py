@@ -144,6 +144,7 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
     values = _read(path)
     if "origins" in values:
         raise ConfigError(f"{path}: origins is no setting.", option="origins")
+    _require_known(environment)
     origins = {f"{section}.{name}": str(path) for section, table in values.items() for name in _names(table)}
     for section, model in _SECTIONS.items():
         for name in model.model_fields:
@@ -155,7 +156,8 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
                 raise ConfigError(f"{path}: {section} is not a table.", option=section)
             table.pop(name, None)  # an empty value takes away what the file says
             if environment[variable]:
-                table[name] = environment[variable]
+                # The one line of shell that a variable can hold.
+                table[name] = [environment[variable]] if name == "setup" else environment[variable]
             origins[f"{section}.{name}"] = f"${variable}"
     try:
         return Settings.model_validate(values | {"origins": origins})
@@ -171,6 +173,17 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
 _SECTIONS: dict[str, type[BaseModel]] = {"workspace": WorkspaceSettings, "slurm": SlurmFields, "images": ImageSettings}
 # Variables that have a name of their own.
 _VARIABLES = {("workspace", "cache_dir"): "HPC_WORKSPACE_CACHE"}
+
+
+def _require_known(environment: Mapping[str, str]) -> None:
+    """Raises: ConfigError: a variable looks like a setting and is none: a misspelt one would do nothing, silently."""
+    known = {_variable(section, name) for section, model in _SECTIONS.items() for name in model.model_fields}
+    prefixes = tuple(f"HPC_WORKSPACE_{section}_".upper() for section in _SECTIONS)
+    for variable in environment:
+        if variable.startswith(prefixes) and variable not in known:
+            raise ConfigError(
+                f"${variable} is no setting.", option=variable, remedy="`hpc-workspace config` lists them."
+            )
 
 
 def _variable(section: str, name: str) -> str:

@@ -7,17 +7,13 @@ same one), and each blob (two images may share layers).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hpc_workspace import apptainer, claims, files
 from hpc_workspace.config import ImageSettings
@@ -25,19 +21,19 @@ from hpc_workspace.errors import ImageError, WorkspaceError
 from hpc_workspace.images.archives import digest_of_archive
 from hpc_workspace.images.convert import Limits, convert, pull
 from hpc_workspace.images.credentials import find_credentials
+from hpc_workspace.images.download import Download, Meter
+from hpc_workspace.images.manifest import (
+    Source,
+    choose_platform,
+    is_index,
+    not_for,
+    parse_json,
+    parse_source,
+    write_layout,
+)
 from hpc_workspace.images.progress import Step, Tell
 from hpc_workspace.images.reference import Reference
-from hpc_workspace.images.registry import (
-    CONFIGS,
-    DOCKER_INDEX,
-    DOCKER_MANIFEST,
-    OCI_INDEX,
-    OCI_MANIFEST,
-    SIF_LAYER,
-    Descriptor,
-    Registry,
-    TransferCutError,
-)
+from hpc_workspace.images.registry import Registry
 from hpc_workspace.images.store import Store, ref_key, require_platform, sha256_of, unwritable
 from hpc_workspace.options import PullPolicy
 from hpc_workspace.text import format_bytes
@@ -47,31 +43,9 @@ log = logging.getLogger(__name__)
 FetchElsewhere = Callable[[Reference, str, PullPolicy], None]
 _WAIT_TIMEOUT_S = 12 * 3600.0
 _BLOBS_AT_ONCE = 3
-_CUTS_WITHOUT_PROGRESS = 5
 _GATHERINGS = 8
 # Of the compressed layers' size: the SIF is about as large, the unpacked tree up to some four times.
 _SIF_RATIO, _TREE_RATIO = 1.1, 3.5
-
-
-@dataclass(frozen=True)
-class Source:
-    """One image in a registry, for one platform.
-
-    Attributes:
-        digest: of its manifest.
-        blobs: the configuration and the layers.
-        sif: the one blob that is the SIF file itself; None for an image of layers.
-    """
-
-    digest: str
-    media_type: str
-    manifest: bytes
-    blobs: tuple[Descriptor, ...]
-    sif: Descriptor | None
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(blob.size_bytes for blob in {blob.digest: blob for blob in self.blobs}.values())
 
 
 class Fetcher:
@@ -210,11 +184,11 @@ class Fetcher:
         self._tell(Step(str(reference), f"asking {registry.host}"))
         digest = registry.digest_of(reference)
         body, media_type, digest = self._manifest(registry, reference, digest or reference.version)
-        document = _parse_json(body, reference)
-        if _is_index(document, media_type):
+        document = parse_json(body, reference)
+        if is_index(document, media_type):
             chosen = choose_platform(document, self.platform, reference)
             body, media_type, digest = self._manifest(registry, reference, chosen)
-            document = _parse_json(body, reference)
+            document = parse_json(body, reference)
         return parse_source(document, body, media_type, digest, reference)
 
     def _manifest(self, registry: Registry, reference: Reference, version: str) -> tuple[bytes, str, str]:
@@ -244,7 +218,7 @@ class Fetcher:
                 apptainer.require_image(str(aside))
             else:
                 self._require_platform(reference, source, blobs)
-                _lay_out(source, work / "layout")
+                write_layout(source, work / "layout")
                 aside = self._convert("oci:layout", reference, work, runtime)
             return self.store.publish(aside, reference, source.digest, self.platform)
 
@@ -301,8 +275,8 @@ class Fetcher:
         missing = [blob for blob in blobs if not self.store.has_layer(blob.digest, blob.size_bytes)]
         if not missing:
             return
-        meter = _Meter(self._tell, reference, sum(blob.size_bytes for blob in missing))
-        download = _Download(self.store, registry, reference, meter)
+        meter = Meter(self._tell, reference, sum(blob.size_bytes for blob in missing))
+        download = Download(self.store, registry, reference, meter)
         # The largest first: what is fetched last is fetched alone.
         missing.sort(key=lambda blob: -blob.size_bytes)
         with ThreadPoolExecutor(_BLOBS_AT_ONCE, thread_name_prefix="layer") as pool:
@@ -317,11 +291,11 @@ class Fetcher:
 
     def _require_platform(self, reference: Reference, source: Source, blobs: Path) -> None:
         """Raises: ImageError: the image says that it is for another machine."""
-        config = _parse_json((blobs / self.store.layer_path(source.blobs[0].digest).name).read_bytes(), reference)
+        config = parse_json((blobs / self.store.layer_path(source.blobs[0].digest).name).read_bytes(), reference)
         system, _, rest = self.platform.partition("/")
         found = (config.get("os", system), config.get("architecture", rest.partition("/")[0]))
         if found != (system, rest.partition("/")[0]):
-            raise _not_for(self.platform, ["/".join(map(str, found))])
+            raise not_for(self.platform, ["/".join(map(str, found))])
 
     def _from_archive(self, reference: Reference, policy: PullPolicy) -> Path:
         self._tell(Step(str(reference), "reading"))
@@ -353,116 +327,6 @@ class Fetcher:
         return path
 
 
-class _Meter:
-    """How many bytes have come, of all blobs of one image."""
-
-    def __init__(self, tell: Tell, reference: Reference, total_bytes: int) -> None:
-        self._tell = tell
-        self._reference = str(reference)
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-        self._lock = threading.Lock()
-        self.add(0)
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self._done_bytes += count
-            step = Step(self._reference, "downloading", self._done_bytes, self._total_bytes)
-        self._tell(step)
-
-
-class _Download:
-    """Blobs of one image, from one registry into the store."""
-
-    def __init__(self, store: Store, registry: Registry, reference: Reference, meter: _Meter) -> None:
-        self._store = store
-        self._registry = registry
-        self._reference = reference
-        self._meter = meter
-        self._given_up = threading.Event()
-
-    def give_up(self) -> None:
-        """Have every transfer end at its next chunk."""
-        self._given_up.set()
-
-    def ensure(self, blob: Descriptor) -> None:
-        """The blob in the store, whole and checked. Raises: ImageError: it can't be had."""
-        path = self._store.layer_path(blob.digest)
-
-        def find() -> Path | None:
-            if self._given_up.is_set():
-                raise ImageError("It was given up.")
-            return path if self._store.has_layer(blob.digest, blob.size_bytes) else None
-
-        claims.once(
-            self._store.claims,
-            f"layer-{path.name}",
-            find=find,
-            make=lambda: self._fetch(blob, path),
-            on_wait=lambda holder: log.info("layer %s: waiting for %s", path.name[:12], holder),
-            timeout_s=_WAIT_TIMEOUT_S,
-        )
-
-    def _fetch(self, blob: Descriptor, path: Path) -> Path:
-        """Fetch the blob beside its place, going on where a broken connection, or a killed process, left off."""
-        part = path.with_suffix(".part")
-        self._meter.add(_size(part))
-        for _ in range(2):  # what an earlier one left may be wrong: then all of it is fetched again
-            self._complete(blob, part)
-            try:
-                if sha256_of(part) == path.name:
-                    files.flush(part)
-                    part.replace(path)
-                    return path
-                self._meter.add(-_size(part))
-                part.unlink()
-            except FileNotFoundError:  # who took us for dead was faster, or somebody cleared it away
-                if self._store.has_layer(blob.digest, blob.size_bytes):
-                    return path
-        raise ImageError(
-            f"{self._registry.host} sent something else than {blob.digest}: it was thrown away.",
-            remedy="Try again; if it stays so, the registry or a proxy on the way is broken.",
-        )
-
-    def _complete(self, blob: Descriptor, part: Path) -> None:
-        """Fetch what is missing of `part`, over as many connections as it takes."""
-        cuts = 0
-        most = _size(part)  # where a registry can't go on, every connection begins anew
-        while not part.exists() or _size(part) < blob.size_bytes:
-            try:
-                self._append(blob, part, _size(part))
-            except TransferCutError as error:
-                cuts = 0 if _size(part) > most else cuts + 1
-                most = max(most, _size(part))
-                if cuts >= _CUTS_WITHOUT_PROGRESS:
-                    raise ImageError(
-                        f"{self._registry.host} cut the connection again and again.",
-                        evidence=str(error),
-                        remedy="Try again: what has come so far is kept.",
-                    ) from error
-
-    def _append(self, blob: Descriptor, part: Path, offset: int) -> None:
-        """Fetch what follows the `offset` bytes that are there. Raises: TransferCutError: not all came."""
-        with self._registry.blob(self._reference, blob.digest, offset) as (start, chunks):
-            self._meter.add(start - offset)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
-            with os.fdopen(os.open(part, flags, self._store.file_mode), "wb") as file:
-                file.truncate(start)
-                file.seek(start)
-                for chunk in chunks:
-                    if self._given_up.is_set():
-                        raise ImageError("It was given up.")
-                    if file.tell() + len(chunk) > blob.size_bytes:
-                        raise ImageError(
-                            f"{self._registry.host} sends more than the {blob.size_bytes} bytes of {blob.digest}."
-                        )
-                    file.write(chunk)
-                    self._meter.add(len(chunk))
-                came = file.tell()
-        if came < blob.size_bytes:
-            raise TransferCutError(f"{came} of {blob.size_bytes} bytes came")
-
-
 def failed(reference: Reference, cause: ImageError) -> ImageError:
     """The error of a fetch, in the words that upstream's ApptainerWorkspace uses, with its cause."""
     prefix = "Failed to pull and convert Docker image"
@@ -491,87 +355,6 @@ def require_room(needs: dict[Path, int], *, what: str) -> None:
             )
 
 
-def choose_platform(index: dict[str, Any], platform: str, reference: Reference) -> str:
-    """The digest of the manifest for `platform` in an OCI index or a Docker manifest list.
-
-    Raises:
-        ImageError: it has none; the error lists those that there are.
-    """
-    system, _, rest = platform.partition("/")
-    architecture, _, variant = rest.partition("/")
-    offered: list[str] = []
-    fitting: list[tuple[bool, str]] = []
-    entries = index.get("manifests")
-    for entry in entries if isinstance(entries, list) else []:
-        found = Descriptor.parse(entry, f"The index of {reference}")
-        said = entry.get("platform")
-        said = said if isinstance(said, dict) else {}
-        if said.get("os") == "unknown":  # an attestation: a document about an image, and no image
-            continue
-        offered.append("/".join(str(said[key]) for key in ("os", "architecture", "variant") if said.get(key)))
-        plain = ("", "v8") if architecture == "arm64" else ("",)  # two ways to say the same
-        offered_variant = said.get("variant") or ""
-        if (said.get("os"), said.get("architecture")) == (system, architecture) and (
-            not variant or offered_variant == variant or (variant in plain and offered_variant in plain)
-        ):
-            fitting.append((offered_variant not in plain, found.digest))
-    if not fitting:
-        raise _not_for(platform, offered)
-    # Of several that fit the first counts: image-index.md of the OCI image specification.
-    return min(fitting, key=lambda entry: entry[0])[1]
-
-
-def _not_for(platform: str, offered: list[str]) -> ImageError:
-    return ImageError(
-        f"It is not for {platform}.",
-        evidence=f"It is for: {', '.join(dict.fromkeys(offered)) or 'nothing'}.",
-        remedy="The option platform says which is meant.",
-    )
-
-
-def parse_source(document: dict[str, Any], body: bytes, media_type: str, digest: str, reference: Reference) -> Source:
-    """What a manifest names. Raises: ImageError: it is none that we can use."""
-    named = OCI_MANIFEST if document.get("schemaVersion") == 2 else f"schema version {document.get('schemaVersion')}"
-    kind = document.get("mediaType") or media_type or named
-    if kind not in (OCI_MANIFEST, DOCKER_MANIFEST) or not isinstance(document.get("layers"), list):
-        raise ImageError(
-            f"Its manifest is of a kind that is not supported: {str(kind)[:100]}.",
-            remedy="Have it pushed again by a present-day Docker, skopeo or apptainer.",
-        )
-    where = f"The manifest of {reference}"
-    layers = [Descriptor.parse(layer, where) for layer in document["layers"]]
-    if len(layers) == 1 and layers[0].media_type == SIF_LAYER:
-        return Source(digest, kind, body, (layers[0],), sif=layers[0])
-    config = Descriptor.parse(document.get("config"), where)
-    # Old registries have configurations of no kind at all, and artefacts have layers of files too.
-    is_artefact = config.media_type.startswith("application/vnd.") and config.media_type not in CONFIGS
-    if is_artefact or not layers or not all("tar" in layer.media_type for layer in layers):
-        raise ImageError("It is an artefact and no image: it has no layers of files.")
-    return Source(digest, kind, body, (config, *layers), sif=None)
-
-
-def _is_index(document: dict[str, Any], media_type: str) -> bool:
-    return (document.get("mediaType") or media_type) in (OCI_INDEX, DOCKER_INDEX) or "manifests" in document
-
-
-def _parse_json(body: bytes, reference: Reference) -> dict[str, Any]:
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ImageError(f"What the registry sent of {reference} is not JSON.", evidence=str(error)) from error
-    if not isinstance(document, dict):
-        raise ImageError(f"What the registry sent of {reference} is not a JSON object.")
-    return document
-
-
-def _lay_out(source: Source, layout: Path) -> None:
-    """What makes an OCI image layout of a directory with its blobs; image-layout.md of the OCI image specification."""
-    (layout / "blobs" / "sha256" / source.digest.removeprefix("sha256:")).write_bytes(source.manifest)
-    (layout / "oci-layout").write_text(json.dumps({"imageLayoutVersion": "1.0.0"}))
-    entry = {"mediaType": source.media_type, "digest": source.digest, "size": len(source.manifest)}
-    (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
-
-
 def _link_or_copy(source: Path, target: Path) -> None:
     """`source` under a second name."""
     try:
@@ -580,10 +363,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
         raise
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_workspace.errors import ConfigError, ImageError
-from hpc_workspace.images.fetch import Fetcher, Source
+from hpc_workspace.images.fetch import Fetcher
+from hpc_workspace.images.manifest import Source
 from hpc_workspace.images.reference import Reference, parse_image
 from hpc_workspace.images.registry import RateLimit, Registry
 

@@ -158,3 +158,23 @@ def test_the_file_is_where_the_desktop_says(tmp_path: Path, monkeypatch: pytest.
 def test_settings_do_not_change_under_ones_hands() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_settings().images.fetch_on = "x"
+
+
+def test_a_misspelt_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPC_WORKSPACE_SLURM_PARTITON", "cpu")
+    with pytest.raises(ConfigError, match=r"\$HPC_WORKSPACE_SLURM_PARTITON is no setting"):
+        load_settings()
+
+
+def test_every_setting_is_listed_with_its_origin(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text('[slurm]\npartition = "cpu"\naccount = "a"\n[workspace]\nconnect = "openssh"\n')
+    monkeypatch.setenv("HPC_WORKSPACE_SLURM_ACCOUNT", "b")
+    monkeypatch.setenv("HPC_WORKSPACE_SLURM_SETUP", "module load apptainer")
+    monkeypatch.setenv("HPC_WORKSPACE_CACHE", "/scratch/sif")
+    found = {key: (value, origin) for key, value, origin in load_settings().items()}
+    assert found["slurm.partition"] == ("cpu", str(file))
+    assert found["slurm.account"] == ("b", "$HPC_WORKSPACE_SLURM_ACCOUNT")
+    assert found["slurm.setup"] == (["module load apptainer"], "$HPC_WORKSPACE_SLURM_SETUP")
+    assert found["workspace.connect"] == ("openssh", str(file))
+    assert found["workspace.cache_dir"] == ("/scratch/sif", "$HPC_WORKSPACE_CACHE")
+    assert found["images.fetch_on"] == (None, "default")

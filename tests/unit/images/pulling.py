@@ -18,10 +18,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from hpc_workspace.config import ImageSettings
-from hpc_workspace.images.fetch import Fetcher, PullPolicy, Source
+from hpc_workspace.images.fetch import Fetcher
+from hpc_workspace.images.manifest import Source
 from hpc_workspace.images.progress import Step
 from hpc_workspace.images.reference import Reference, parse_image
 from hpc_workspace.images.store import Store
+from hpc_workspace.options import PullPolicy
 from tests.registry import Registry
 
 MIB = 1024 * 1024

@@ -13,9 +13,9 @@ import pytest
 from hpc_workspace import images
 from hpc_workspace.config import ImageSettings
 from hpc_workspace.errors import ConfigError, ImageError
-from hpc_workspace.images.fetch import PullPolicy
 from hpc_workspace.images.inventory import verify
 from hpc_workspace.images.store import Store
+from hpc_workspace.options import PullPolicy
 from tests.registry import Fault, Registry
 from tests.unit.images.pulling import FetchingProcess, Puller, at_once, big, oras, sif
 from tests.unit.server.running import eventually
