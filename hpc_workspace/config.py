@@ -166,7 +166,7 @@ def load_settings(environment: Mapping[str, str] | None = None) -> Settings:
         key = ".".join(str(part) for part in first["loc"][:2])
         what = "is no setting" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"{origins.get(key, path)}: {key}: {what}.", option=key, remedy="docs/options.md has every setting."
+            f"{origins.get(key, path)}: {key}: {what}.", option=key, remedy="docs/cluster.md has every setting."
         ) from error
 
 
@@ -181,9 +181,7 @@ def _require_known(environment: Mapping[str, str]) -> None:
     prefixes = tuple(f"HPC_WORKSPACE_{section}_".upper() for section in _SECTIONS)
     for variable in environment:
         if variable.startswith(prefixes) and variable not in known:
-            raise ConfigError(
-                f"${variable} is no setting.", option=variable, remedy="`hpc-workspace config` lists them."
-            )
+            raise ConfigError(f"${variable} is no setting.", option=variable, remedy="docs/cluster.md has them all.")
 
 
 def _variable(section: str, name: str) -> str:
