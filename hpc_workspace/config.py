@@ -103,8 +103,11 @@ class Settings(BaseModel):
         """The options of a workspace: `given`, and for what is not given the settings."""
         chosen = {name: getattr(self.workspace, name) for name in self.workspace.model_fields_set}
         chosen |= given
-        if isinstance(given.get("slurm"), SlurmOptions):
-            chosen["slurm"] = self.fill_in_slurm(given["slurm"])
+        slurm = given.get("slurm")
+        if isinstance(slurm, Mapping):
+            slurm = SlurmOptions(**slurm)
+        if isinstance(slurm, SlurmOptions):
+            chosen["slurm"] = self.fill_in_slurm(slurm)
         return chosen
 
     def fill_in_slurm(self, given: SlurmOptions) -> SlurmOptions:

@@ -77,6 +77,11 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _as_flag(value: object) -> object:
+    """`true` and `false` of an environment variable as what they mean."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
 PullPolicy = Literal["missing", "always", "newer", "never"]
 Connect = Literal["auto", "loopback", "paramiko", "openssh"]
 VariableName = Annotated[str, _matching(_VARIABLE, "a variable's name")]
@@ -128,7 +133,7 @@ class SlurmFields(BaseModel):
     constraint: Text | None = None
     nodelist: Text | None = None
     exclude: Text | None = None
-    exclusive: bool | Text | None = None
+    exclusive: Annotated[bool | Text | None, BeforeValidator(_as_flag)] = None
     begin: Text | None = None
     dependency: Text | None = None
     nice: int | None = None

@@ -93,9 +93,11 @@ class Record(BaseModel):
         notices: what is not as it was asked for, with the reason, in words for a person.
         time_left_s: seconds until the job's time limit at the moment this was written; None: no limit is known.
         exit_reason: why it ended, in words; None while it runs.
+
+    What a later version has added to it is passed over.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     schema_version: int = SCHEMA
     workspace_id: WorkspaceId

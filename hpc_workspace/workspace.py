@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hpc_workspace import clock, errors, exits, processes, rendezvous
 from hpc_workspace.apptainer import read_own_environment
@@ -24,6 +24,7 @@ from hpc_workspace.connect.streams import DoorStream, Route, open_door
 from hpc_workspace.errors import (
     ContainerError,
     JobEndedError,
+    JobError,
     QueueTimeoutError,
     RendezvousError,
     RendezvousStaleError,
@@ -164,8 +165,11 @@ class Workspace:
 
     @property
     def notices(self) -> list[str]:  # type: ignore[valid-type]  # the method list hides it
-        """What is not as it was asked for, with the reason: a fall-back, a limit. Empty where all is."""
-        return [*self._require_record().notices]
+        """What is not as it was asked for, with the reason: a fall-back, a limit that is near. Empty where all is."""
+        record = self._require_record()
+        with contextlib.suppress(RendezvousError, FileNotFoundError):
+            record = self._require_dir().read_record() or record
+        return [*record.notices]
 
     @property
     def time_left_s(self) -> float | None:
@@ -175,8 +179,11 @@ class Workspace:
             RendezvousError: the workspace directory can't be read.
         """
         directory = self._require_dir()
-        record = directory.read_record() or self._require_record()
-        return None if record.time_left_s is None else max(0.0, record.time_left_s - directory.record_age_s())
+        try:
+            record = directory.read_record() or self._require_record()
+            return None if record.time_left_s is None else max(0.0, record.time_left_s - directory.record_age_s())
+        except FileNotFoundError as error:
+            raise RendezvousStaleError(f"Workspace {directory.workspace_id} has ended.") from error
 
     @property
     def api_key(self) -> str:
@@ -222,7 +229,7 @@ class Workspace:
             return False
         try:
             self._client.health()
-        except (ServerError, TunnelError, ContainerError):
+        except (ServerError, TunnelError, ContainerError, JobError):
             return False
         return True
 
@@ -351,14 +358,17 @@ class Workspace:
             launched, record = self._launched, self._record
             if launched is None:
                 return
-            self._launched = None
-            _note_closed(self)
             told = record is not None and self._end_through_door()
             self._disconnect()
             if not told:
                 _end_from_outside(launched)
             gone = launched.wait_gone(_END_TIMEOUT_S)
-            self._settle(gone, launched)
+            # Until here a signal may interrupt us, and the next call, at the latest at exit, does all of it again.
+            try:
+                self._settle(gone, launched)
+            finally:
+                self._launched = None
+                _note_closed(self)
 
     cleanup = close
 
@@ -385,6 +395,8 @@ class Workspace:
 
     def _end_through_door(self) -> bool:
         """Ask the door for the end and wait for its goodbye. Returns whether it was told."""
+        if self._lost is not None:
+            return False
         try:
             stream = self._dial(Wish(want="end"))
             stream.wait_granted()
@@ -402,10 +414,10 @@ class Workspace:
 
     def _disconnect(self) -> None:
         self._unwatch()
+        self._lost = None
         extra = self._extra_listeners.values()
         for part in (self._follower, self._listener, *extra, self._client, self._lease, self._route):
-            if part is not None:
-                part.close()
+            _close_quietly(part)
         self._follower = self._listener = self._client = self._lease = self._route = None
         self._extra_listeners = {}
 
@@ -434,16 +446,26 @@ class Workspace:
 
         if isinstance(self._launched, SlurmLaunched):
             self._launched.was_ready = True
-            watch.add(self._launched, self._on_job_ended)
+            # The watch lives as long as the process: it must not be what keeps a forgotten workspace, and its lease.
+            told = weakref.WeakMethod(self._on_job_ended)
+
+            def tell(error: WorkspaceError) -> None:
+                if (on_job_ended := told()) is not None:
+                    on_job_ended(error)
+
+            watch.add(self._launched, tell)
             self._unwatch = functools.partial(watch.remove, self._launched)
+            weakref.finalize(self, watch.remove, self._launched)
 
     def _on_job_ended(self, error: WorkspaceError) -> None:
         """Break every connection, so that whoever waits on one is told. Called from another thread, without the lock:
         who holds that may be waiting on one of them."""
+        if isinstance(error, JobEndedError) and error.state == "COMPLETED":
+            error = ContainerError(f"{self!r} has ended.", evidence=error.what)
         self._lost = error
-        for part in (self._lease, self._route):
-            if part is not None:
-                part.close()
+        # The route first: a lease of a dead node may not be closed before its connection is.
+        for part in (self._route, self._lease):
+            _close_quietly(part)
 
     def _dial(self, wish: Wish) -> DoorStream:
         record = self._require_record()
@@ -551,6 +573,7 @@ class ApptainerWorkspace(Workspace):
             began = clock.Deadline(None)
             slurm = self._slurm_options()
             exits.make_orderly()
+            _open_workspaces.add(self)
             try:
                 self._take_ports()
                 spec = make_spec(self.options, slurm=slurm, say=self.on_progress)
@@ -572,7 +595,6 @@ class ApptainerWorkspace(Workspace):
                 log.warning("%s: %s", self._directory.workspace_id, notice)
             self.phases_s.update({f"node.{name}": seconds for name, seconds in self._record.phases_s.items()})
             self.phases_s["start"] = began.elapsed_s
-            _open_workspaces.add(self)
             return self
 
     def dry_run(self) -> str:
@@ -672,7 +694,7 @@ class ApptainerWorkspace(Workspace):
 
     def _undo_start(self) -> None:
         """Leave nothing running after a failed start."""
-        launched, self._launched = self._launched, None
+        launched = self._launched
         if launched is not None:
             told = self._record is not None and self._route is not None and self._end_through_door()
             self._disconnect()
@@ -680,11 +702,26 @@ class ApptainerWorkspace(Workspace):
                 _end_from_outside(launched)
             launched.wait_gone(_END_TIMEOUT_S)
             self._require_dir().forget_secrets()
+            self._launched = None
         else:
             self._disconnect()
             if self._directory is not None:
                 self._directory.remove()
         self._record = None
+
+
+class _Closable(Protocol):
+    def close(self) -> object: ...
+
+
+def _close_quietly(part: _Closable | None) -> None:
+    """Close what may be broken already: a connection to a node that is gone can't be closed in good order."""
+    if part is None:
+        return
+    try:
+        part.close()
+    except (OSError, EOFError) as error:
+        log.debug("%r was not closed in good order: %s", part, error)
 
 
 def _from_options(kind: type[ApptainerWorkspace], options: dict[str, Any]) -> ApptainerWorkspace:
@@ -763,6 +800,15 @@ def _note_closed(workspace: Workspace) -> None:
     _open_workspaces.discard(workspace)
     if not _open_workspaces:
         exits.make_default_again()
+
+
+def _forget_after_fork() -> None:
+    """A child that was forked has none of its parent's workspaces to end, and dies of a signal as it always did."""
+    _open_workspaces.clear()
+    exits.make_default_again()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 @atexit.register

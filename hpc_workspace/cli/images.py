@@ -191,6 +191,7 @@ def verify(store: str | None, as_json: bool) -> None:
     bad = [checked for checked in found if checked.wrong]
     for checked in bad:
         again = f"hpc-workspace images pull --pull-policy always {checked.name.partition(', ')[0]}"
+        again = f"rm {checked.path}" if checked.name == checked.path.name else again
         click.echo(f"To have it anew: {f'rm -r {checked.path}' if checked.path.is_dir() else again}", err=True)
     sys.exit(1 if bad else 0)
 

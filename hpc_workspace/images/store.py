@@ -41,7 +41,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 # The work of a process on another node, of which nobody here can say whether it lives.
 _WORK_STALE_S = 24 * 3600.0
 # An image's file is touched when it is used, but not more often than this.
-_USED_S = 24 * 3600.0
+_USED_S = 3600.0
 
 
 class ImageFacts(BaseModel):

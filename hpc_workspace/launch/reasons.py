@@ -67,7 +67,7 @@ _REASONS = {
     "launch failed requeued held": Reason("it could not be started, and is held", "scontrol release JOB tries again."),
 }
 # AssocMaxWallDurationPerJobLimit, QOSMaxCpuPerJobLimit, AssocMaxCpuMinutesPerJobLimit …
-_PER_JOB = re.compile(r"(Assoc|QOS)\w*PerJob\w*|(Assoc|QOS)MaxWallDurationPerJob\w*")
+_PER_JOB = re.compile(r"(Assoc|QOS)\w*Per(Job|Node)\w*")
 _LIMIT = re.compile(r"(Assoc|QOS)(Grp|Max)(\w*)")
 
 

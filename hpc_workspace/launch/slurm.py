@@ -175,6 +175,10 @@ class JobView:
     """What Slurm knows about all jobs of this user, asked with one question and at most every few seconds."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing. Also what a child does after a fork, in which the lock may be held for ever."""
         self._lock = threading.Lock()
         self._asked: clock.Deadline | None = None
         self._jobs: dict[str, JobStatus] = {}
@@ -194,7 +198,7 @@ class JobView:
     def _ask_unless_silent(self) -> None:
         """Ask anew; a controller that has just been silent is not asked again by each who wants to know of a job."""
         if self._silence is not None and not self._silence[0].is_over:
-            raise self._silence[1]
+            raise SchedulerUnavailableError(self._silence[1].what, evidence=self._silence[1].evidence)
         try:
             self._jobs = self._ask()
         except SchedulerUnavailableError as error:
@@ -213,6 +217,7 @@ class JobView:
 
 
 view = JobView()
+os.register_at_fork(after_in_child=view.forget)
 
 
 class SlurmLaunched:
@@ -228,6 +233,7 @@ class SlurmLaunched:
         self._directory = directory
         self._python = python
         self._last = JobStatus(job_id, "PENDING")
+        self._accounting_asked: clock.Deadline | None = None
         self.was_ready = False
         self._missing: clock.Deadline | None = None
 
@@ -247,8 +253,11 @@ class SlurmLaunched:
         return JobStatus(self._job, "LOST", self._last.node) if self._missing.is_over else self._last
 
     def _ask_accounting(self) -> JobStatus | None:
+        if self._accounting_asked is not None and self._accounting_asked.elapsed_s < _ASK_AGAIN_S:
+            return None
         if processes.find_program("sacct") is None:
             return None
+        self._accounting_asked = clock.Deadline(None)
         argv = slurm_commands.build_sacct_argv(self._job)
         try:
             ended = _ask_slurm(argv)

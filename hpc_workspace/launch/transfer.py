@@ -6,6 +6,7 @@ with it when it is told to end. One that is killed leaves a job that ends when i
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from hpc_workspace.config import ImageSettings
 from hpc_workspace.errors import ImageError
 from hpc_workspace.launch import slurm_commands
 from hpc_workspace.options import SlurmOptions
+
+log = logging.getLogger(__name__)
 
 _TAIL_LINES = 12
 _END_TIMEOUT_S = 15.0
@@ -52,8 +55,9 @@ def build_srun_argv(settings: ImageSettings, slurm: SlurmOptions | None, command
         "--unbuffered",
         f"--export={','.join(exported) or 'NIL'}",
     ]
-    if slurm is not None and slurm.account is not None:
-        argv.append(f"--account={slurm.account}")
+    for name in ("account", "qos", "reservation"):
+        if slurm is not None and (value := getattr(slurm, name)) is not None:
+            argv.append(f"--{name}={value}")
     return [*argv, *command]
 
 
@@ -86,7 +90,8 @@ def run_on_partition(
     finally:
         if child.returncode() is None:
             child.send_signal(15)
-            child.wait(_END_TIMEOUT_S)
+            if child.wait(_END_TIMEOUT_S) is None:
+                log.warning("srun does not end: the job hpcws-images goes on until its fetch is done")
     if code != 0:
         raise ImageError(
             f"The job on partition {settings.fetch_on} that was to fetch it failed.",

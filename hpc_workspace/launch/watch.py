@@ -7,6 +7,7 @@ neither says for certain is not an end: a controller that does not answer says n
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -34,13 +35,17 @@ class Watch:
 
     def __init__(self, at_rest_s: float = _AT_REST_S) -> None:
         self._at_rest_s = at_rest_s
+        self.forget()
+
+    def forget(self) -> None:
+        """Watch nothing any more. Also what a child does after a fork: it has no such thread, and its lock may be held."""
         self._lock = threading.Lock()
         self._watched: dict[Watched, Callable[[WorkspaceError], None]] = {}
         self._thread: threading.Thread | None = None
         self._changed = threading.Event()
 
     def add(self, launched: Watched, on_end: Callable[[WorkspaceError], None]) -> None:
-        """Call `on_end` once, from the watch's thread, when `launched` has ended; unless it is removed before."""
+        """Call `on_end` once, from a thread of its own, when `launched` has ended; unless it is removed before."""
         with self._lock:
             self._watched[launched] = on_end
             if self._thread is None:
@@ -70,15 +75,17 @@ class Watch:
     def _look(self, launched: Watched, on_end: Callable[[WorkspaceError], None]) -> None:
         try:
             error = launched.find_end()
-        except (WorkspaceError, OSError) as unknown:
-            log.debug("the watch learned nothing: %s", unknown)
+        except Exception:
+            log.debug("the watch learned nothing", exc_info=True)
             return
         if error is None:
             return
         with self._lock:
             was_watched = self._watched.pop(launched, None) is not None
         if was_watched:
-            on_end(error)
+            # On its own: closing a connection to a node that is gone may take long, and the others are waiting.
+            threading.Thread(target=on_end, args=(error,), name="job ended", daemon=True).start()
 
 
 watch = Watch()
+os.register_at_fork(after_in_child=watch.forget)

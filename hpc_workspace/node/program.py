@@ -205,7 +205,8 @@ class NodeProgram:
 
     def _time_left_s(self) -> float | None:
         """Seconds until the job's time limit, to the moment that passed between the job's start and ours."""
-        limit_s = time_limit_s(os.environ)
+        # A workspace that only happens to run inside somebody's job does not know when that began.
+        limit_s = None if self.spec.ends_with_lease else time_limit_s(os.environ)
         return None if limit_s is None else limit_s - self._started.elapsed_s
 
     def _may_idle(self) -> bool:
@@ -313,8 +314,9 @@ def make_record(spec: Spec, owner: Owner, *, state: State, **known: Any) -> Reco
     return Record(
         workspace_id=spec.workspace_id,
         launch_id=spec.launch_id,
-        job_id=os.environ.get("SLURM_JOB_ID"),
-        restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        # One that was started on this machine, inside a job of somebody's own, is not that job.
+        job_id=None if spec.ends_with_lease else os.environ.get("SLURM_JOB_ID"),
+        restart_count=0 if spec.ends_with_lease else int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         state=state,
         node=node_name(),
         owner=str(owner),

@@ -62,8 +62,9 @@ class Client:
         self._process.stdin.flush()
 
     def leave(self) -> str:
-        """Let the client come to its end. Returns what it had to say on stderr."""
+        """Let the client come to its end, in peace. Returns what it had to say on stderr."""
         _, said = self._process.communicate(timeout=120)
+        assert self._process.returncode == 0, said
         return said
 
     def kill(self) -> None:
@@ -113,6 +114,8 @@ def test_a_job_that_is_cancelled_under_a_running_command(cluster: Cluster, clien
 
 def test_a_job_that_runs_into_its_time_limit(cluster: Cluster, clients: Any) -> None:
     client = clients(slurm={"time": "1"})
+    # With a limit of a minute, Slurm's warning of two minutes before comes at once.
+    client.do("exec('while not any(\"time limit is near\" in n for n in w.notices): time.sleep(0.1)')")
     client.do("tell(left=w.time_left_s)")
     assert 0 < client.hear("left") <= 60
     client.do(LONG)
@@ -120,7 +123,6 @@ def test_a_job_that_runs_into_its_time_limit(cluster: Cluster, clients: Any) -> 
     assert error["kind"] == "JobEndedError"
     assert "ran into its time limit (TIMEOUT) under its workspace" in error["text"]
     assert "the job's time limit" in error["text"]  # its own log, in the evidence
-    client.do("tell(notices=Workspace.list())")
     client.do("w.close()")
     client.leave()
     assert cluster.leftovers() == {}
@@ -182,11 +184,12 @@ def test_closing_while_the_controller_is_silent_ends_it_through_the_door(cluster
     cluster.call("daemon", "stop", "login", "slurmctld")
     try:
         client.do("tell(closed=error_of(w.close))")
-        client.hear("closed")
+        closed = client.hear("closed")
         still = cluster.session(client.node, client.told["id"])
     finally:
         cluster.call("daemon", "start", "login", "slurmctld")
     assert still == {}
+    assert closed is None or client.job in closed["text"]
     client.leave()
     cluster.run("login", ["sh", "-c", f"while squeue -h -j {client.job} -t R,CG | grep -q .; do sleep 0.2; done"])
     assert cluster.leftovers() == {}
@@ -256,10 +259,23 @@ tell(error=error_of(w.start), said=said)
     assert any("Slurm expects it to start at 20" in line for line in waits)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "exception", "exit"])
+def test_a_workspace_that_somebody_else_closed_is_left_in_peace(cluster: Cluster, clients: Any) -> None:
+    client = clients()
+    down = cluster.run("login", [f"{VENV}/hpc-workspace", "down", client.told["id"]])
+    assert down.returncode == 0, down.stderr
+    client.do("tell(error=error_of(lambda: w.execute_command('true')), alive=w.alive)")
+    assert client.hear("error")["kind"] in ("ContainerError", "TunnelLostError")
+    assert client.hear("alive") is False
+    client.do("w.close()")
+    client.leave()
+    assert cluster.leftovers() == {}
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "SIGINT", "exception", "exit"])
 def test_the_job_never_outlives_what_the_user_asked_for(cluster: Cluster, how: str) -> None:
     ends = {
         "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",
+        "SIGHUP": "os.kill(os.getpid(), signal.SIGHUP); time.sleep(60)",
         "SIGINT": "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
         "exception": "raise RuntimeError('of the user')",
         "exit": "w.__enter__(); sys.exit(0)",
