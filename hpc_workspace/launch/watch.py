@@ -38,7 +38,7 @@ class Watch:
         self.forget()
 
     def forget(self) -> None:
-        """Watch nothing any more. Also what a child does after a fork: it has no such thread, and its lock may be held."""
+        """Watch nothing any more. A child does so after a fork: it has no such thread, and its lock may be held."""
         self._lock = threading.Lock()
         self._watched: dict[Watched, Callable[[WorkspaceError], None]] = {}
         self._thread: threading.Thread | None = None
