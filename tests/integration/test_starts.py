@@ -210,7 +210,7 @@ tell(reason=directory.read_record().exit_reason, gone_on=(Path.home() / "gone-on
 
 def test_a_job_that_does_not_start_in_time_is_cancelled(cluster: Cluster) -> None:
     code = """
-slurm = SlurmOptions(partition="cpu", time="5", mem="1G", extra={"begin": "now+1hour"})
+slurm = SlurmOptions(partition="cpu", time="5", mem="1G", begin="now+1hour")
 tell(error=error_of(ApptainerWorkspace(image=TINY, slurm=slurm, queue_timeout="3s").start),
      queue=subprocess.run(["squeue", "-h", "--me"], capture_output=True, text=True).stdout)
 """
