@@ -490,6 +490,9 @@ class Workspace:
             lease.settimeout(_FAREWELL_S)
             lease.wait_ended()
             record = self._require_dir().wait_final_record(_FAREWELL_S)
+        except FileNotFoundError:
+            node = self._require_record().node
+            return ContainerError(f"{self.id} on {node} has ended: somebody else closed it.", evidence=error.what)
         except (OSError, WorkspaceError) as unknown:
             log.debug("a broken connection is not explained: %s", unknown)
             return error
@@ -672,8 +675,9 @@ class ApptainerWorkspace(Workspace):
                 raise end
             if launched.is_pending() and queue.is_over:
                 raise QueueTimeoutError(
-                    f"{launched.describe()} after {queue.timeout_s:g} s in the queue.",
+                    f"Slurm job {launched.job_id} was still in the queue after {queue.timeout_s:g} s.",
                     job_id=launched.job_id or "",
+                    evidence=launched.describe(),
                     remedy="Raise queue_timeout, ask for less, or choose another partition.",
                 )
             if launched.describe() != said:

@@ -216,7 +216,8 @@ tell(error=error_of(ApptainerWorkspace(image=TINY, slurm=slurm, queue_timeout="3
 """
     told = cluster.tell("login", code)
     assert told["error"]["kind"] == "QueueTimeoutError"
-    assert "PENDING (BeginTime) after 3 s in the queue" in told["error"]["text"]
+    assert "was still in the queue after 3 s" in told["error"]["text"]
+    assert "PENDING, its begin time has not come (BeginTime)" in told["error"]["text"]
     assert told["queue"] == ""
 
 
