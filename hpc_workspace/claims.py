@@ -175,12 +175,22 @@ def _create_exclusively(path: Path, text: str) -> bool:
     return True
 
 
+def is_gone(marker: Path, stale_s: float) -> bool:
+    """Whether the process whose mark (`owner.Owner`) is the first line of a file is dead, or must be: nobody here can
+    tell, and the file was not touched for `stale_s`.
+
+    Raises:
+        OSError: the file is gone, or can't be judged.
+    """
+    owner = Owner.parse(marker.read_text(errors="replace").partition("\n")[0])
+    fate = owner.fate() if owner is not None else "unknown"
+    return fate == "dead" or (fate == "unknown" and files.age_s(marker) > stale_s)
+
+
 def _is_abandoned(path: Path) -> bool:
     """Whether the claim's holder is dead, or silent for so long that it must be."""
     try:
-        owner = Owner.parse(path.read_text(errors="replace").partition("\n")[0])
-        fate = owner.fate() if owner is not None else "unknown"
-        return fate == "dead" or (fate == "unknown" and files.age_s(path) > _STALE_S)
+        return is_gone(path, _STALE_S)
     except FileNotFoundError:
         return False  # let go in this moment: the next look decides
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
 from hpc_workspace.errors import ImageError
-from hpc_workspace.images.reference import Reference
+from hpc_workspace.images.reference import DIGEST, Reference
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LARGEST_JSON_BYTES = 4 * 1024 * 1024
 
 
@@ -53,7 +51,7 @@ def _of_docker_archive(archive: tarfile.TarFile, reference: Reference) -> str:
 def _of_index(index: Any, reference: Reference) -> str:
     _require_one(index["manifests"], reference)
     digest = str(index["manifests"][0]["digest"])
-    if not _DIGEST.fullmatch(digest):
+    if not DIGEST.fullmatch(digest):
         raise ValueError("its manifest has no SHA-256")
     return digest
 

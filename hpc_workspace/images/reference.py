@@ -21,7 +21,7 @@ OTHER_SCHEMES = ("library", "http", "https")
 DOCKER_HUB = "docker.io"
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(//)?(.*)")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
@@ -130,7 +130,7 @@ def parse_registry_name(scheme: str, name: str) -> Reference:
         ConfigError: it is none.
     """
     rest, at, digest = name.partition("@")
-    if at and not _DIGEST.fullmatch(digest):
+    if at and not DIGEST.fullmatch(digest):
         raise _malformed(name, "what follows the @ is not sha256: and 64 hexadecimal digits")
     head, slash, tail = rest.partition("/")
     if slash and ("." in head or ":" in head or head == "localhost" or head.startswith("[")):

@@ -27,7 +27,7 @@ import httpx
 from hpc_workspace import clock
 from hpc_workspace.errors import ImageError
 from hpc_workspace.images.credentials import Credentials, Search
-from hpc_workspace.images.reference import DOCKER_HUB, Reference
+from hpc_workspace.images.reference import DIGEST, DOCKER_HUB, Reference
 from hpc_workspace.version import __version__
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -37,7 +37,6 @@ DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
 CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 SIF_LAYER = "application/vnd.sylabs.sif.layer.v1.sif"
 _ACCEPT = ", ".join((OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_INDEX))
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 _LARGEST_SIZE = 2**63
 _LARGEST_MANIFEST_BYTES = 4 * 1024 * 1024  # the distribution specification's own bound
@@ -71,7 +70,7 @@ class Descriptor:
         media_type, digest, size = (value.get(key) for key in ("mediaType", "digest", "size"))
         if not isinstance(media_type, str) or type(size) is not int or not 0 <= size < _LARGEST_SIZE:
             raise ImageError(f"{where} has no valid descriptor.")
-        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
             raise ImageError(f"{where} names a blob by something else than sha256: {str(digest)[:20]!r}.")
         return cls(media_type, digest, size)
 
@@ -147,7 +146,7 @@ class Registry:
             return reference.digest
         with self._send("HEAD", reference, f"manifests/{reference.version}", {"Accept": _ACCEPT}) as answer:
             digest = answer.headers.get("Docker-Content-Digest", "")
-        return digest if _DIGEST.fullmatch(digest) else None
+        return digest if DIGEST.fullmatch(digest) else None
 
     def manifest(self, reference: Reference, version: str) -> tuple[bytes, str, str]:
         """The manifest or index called `version` (a tag or digest): its bytes, media type and digest.
@@ -168,7 +167,7 @@ class Registry:
                         remedy="Try again later.",
                     ) from error
         digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
-        if _DIGEST.fullmatch(version) and digest != version:
+        if DIGEST.fullmatch(version) and digest != version:
             raise ImageError(f"{self.host} sent another manifest of {reference} than {version}.", evidence=digest)
         return body, media_type, digest
 

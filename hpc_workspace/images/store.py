@@ -28,12 +28,11 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hpc_workspace import clock, files
+from hpc_workspace import claims, clock, files
 from hpc_workspace.errors import ConfigError, ImageError
-from hpc_workspace.images.reference import Reference
+from hpc_workspace.images.reference import DIGEST, Reference
 from hpc_workspace.owner import Owner
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9]+(/[a-z0-9.]+)?")
 _LARGEST_JSON_BYTES = 64 * 1024
 _OWNER = "owner"
@@ -66,7 +65,7 @@ class Ref(BaseModel):
     schema_version: int = 1
     reference: str
     platform: str = Field(pattern=f"^{_PLATFORM.pattern}$")
-    digest: str = Field(pattern=f"^{_DIGEST.pattern}$")
+    digest: str = Field(pattern=f"^{DIGEST.pattern}$")
 
 
 class Store:
@@ -201,7 +200,7 @@ class Store:
         Raises:
             ValueError: `digest` is none: it must not become a path.
         """
-        if not _DIGEST.fullmatch(digest):
+        if not DIGEST.fullmatch(digest):
             raise ValueError(f"{digest!r} is not a digest")
         return self.layers / digest.removeprefix("sha256:")
 
@@ -243,16 +242,11 @@ class Store:
 
     def is_dead_work(self, folder: Path) -> bool:
         """Whether a conversion's directory is of a process that is dead, or silent for a day."""
-        marker = folder / _OWNER
         try:
-            owner = Owner.parse(marker.read_text(errors="replace"))
-        except FileNotFoundError:
-            owner, marker = None, folder  # just made, or just being removed
-        except OSError:
-            return False
-        try:
-            fate = owner.fate() if owner is not None else "unknown"
-            return fate == "dead" or (fate == "unknown" and files.age_s(marker) > _WORK_STALE_S)
+            try:
+                return claims.is_gone(folder / _OWNER, _WORK_STALE_S)
+            except FileNotFoundError:  # just made, or just being removed
+                return files.age_s(folder) > _WORK_STALE_S
         except OSError:
             return False
 
@@ -276,7 +270,7 @@ def require_platform(platform: str) -> None:
 
 def _name(digest: str, platform: str) -> str:
     """Raises: ValueError: one of them is not what it should be: it must not become a path."""
-    if not _DIGEST.fullmatch(digest) or not _PLATFORM.fullmatch(platform):
+    if not DIGEST.fullmatch(digest) or not _PLATFORM.fullmatch(platform):
         raise ValueError(f"{digest!r} for {platform!r} names no image")
     return f"{digest.removeprefix('sha256:')}-{platform.replace('/', '-')}"
 

@@ -39,7 +39,8 @@ class Watch:
 
     def forget(self) -> None:
         """Watch nothing any more. A child does so after a fork: it has no such thread, and its lock may be held."""
-        self._lock = threading.Lock()
+        # Reentrant: a workspace that is collected removes itself, in whatever thread the collector runs, this one too.
+        self._lock = threading.RLock()
         self._watched: dict[Watched, Callable[[WorkspaceError], None]] = {}
         self._thread: threading.Thread | None = None
         self._changed = threading.Event()

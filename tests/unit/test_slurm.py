@@ -207,3 +207,18 @@ def test_a_silent_controller_is_asked_once_for_all_jobs(tmp_path: Path, monkeypa
         with pytest.raises(SchedulerUnavailableError):
             view.status(str(job))
     assert (tmp_path / "calls").read_text() == "x\n"
+
+
+def test_a_workspace_that_is_collected_while_the_watch_is_at_work_is_removed() -> None:
+    watch = Watch(at_rest_s=3600)
+    job = _Job()
+    watch.add(job, lambda _: None)
+
+    def collected_inside() -> None:
+        with watch._lock:  # as when the garbage collector runs in the watch's own thread
+            watch.remove(job)
+
+    thread = threading.Thread(target=collected_inside, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
