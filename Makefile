@@ -3,16 +3,20 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-long check fix clean
+.PHONY: demo test test-long test-accounting check fix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hpc-workspace demo
 
 test: check
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long and not accounting"
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not accounting"
+
+# Starts the test cluster anew with accounting, and leaves it as it was.
+test-accounting: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m accounting tests/integration
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check hpc_workspace tests examples benchmarks

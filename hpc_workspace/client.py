@@ -162,7 +162,8 @@ class AgentServerClient:
         api_key: goes out with every request, through proven doors only.
         server: which of the two kinds it is.
         working_dir: where commands start and relative paths begin.
-        explain: given the error of a broken connection, gives it back, or one that says what broke it.
+        explain: given the error of a broken connection and when its call began (`clock.now_s`), gives it back, or one
+            that says what broke it.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class AgentServerClient:
         api_key: str,
         server: Literal["bundled", "image"],
         working_dir: str,
-        explain: Callable[[WorkspaceError], WorkspaceError],
+        explain: Callable[[WorkspaceError, float], WorkspaceError],
     ) -> None:
         self._explain = explain
         self._is_bundled = server == "bundled"
@@ -216,11 +217,12 @@ class AgentServerClient:
         request = self.http.build_request(
             "POST", "/api/bash/stream", json=body, timeout=httpx.Timeout(_ANSWER_TIMEOUT_S, read=read_timeout)
         )
+        began_s = clock.now_s()
         with _command_errors(command):
             response = self._send(request, stream=True)
         try:
             ended = False
-            for line in _lines(self._guarded(response.iter_raw())):
+            for line in _lines(self._guarded(response.iter_raw(), began_s)):
                 event = _parse_json(line)
                 if "data_b64" in event:
                     yield OutputChunk(stream=str(event["stream"]), data=base64.b64decode(event["data_b64"]))
@@ -233,7 +235,7 @@ class AgentServerClient:
                     )
             if not ended:
                 cut = CommandError("The stream of a command ended before the command did.", command=command)
-                raise self._explain(cut)
+                raise self._explain(cut, began_s)
         finally:
             response.close()
 
@@ -291,12 +293,13 @@ class AgentServerClient:
         destination.parent.mkdir(parents=True, exist_ok=True)
         aside = destination.parent / f".{destination.name}.{secrets.token_hex(6)}.part"
         request = self.http.build_request("GET", "/api/file/download", params={"path": path})
+        began_s = clock.now_s()
         response = self._send(request, stream=True)
         size = 0
         try:
             descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             with os.fdopen(descriptor, "wb") as file:
-                for piece in self._guarded(response.iter_raw(_COPY_BYTES)):
+                for piece in self._guarded(response.iter_raw(_COPY_BYTES), began_s):
                     file.write(piece)
                     size += len(piece)
                 os.fchmod(file.fileno(), int(response.headers.get("X-File-Mode", "0644"), 8) & 0o777)
@@ -373,6 +376,7 @@ class AgentServerClient:
             ServerNotReadyError, ServerUnavailableError, ServerResponseError, TunnelError
         """
         what = f"{request.method} {request.url.path}"
+        began_s = clock.now_s()
         try:
             response = self.http.send(request, stream=stream)
         except (httpcore.TimeoutException, httpx.TimeoutException) as error:
@@ -381,23 +385,27 @@ class AgentServerClient:
             ) from error
         except (httpcore.RemoteProtocolError, httpx.RemoteProtocolError) as error:
             hung_up = ServerUnavailableError(f"{what}: the agent server hung up.", evidence=str(error))
-            raise self._explain(hung_up) from error
+            raise self._explain(hung_up, began_s) from error
         except (httpcore.NetworkError, httpx.TransportError) as error:
             broke = TunnelLostError(f"{what}: the connection broke.", evidence=str(error))
-            raise self._explain(broke) from error
+            raise self._explain(broke, began_s) from error
         except (TunnelError, ServerUnavailableError) as error:  # of the dial
-            raise self._explain(error) from error.__cause__
+            raise self._explain(error, began_s) from error.__cause__
         if response.is_success:
             return response
         try:
-            detail = b"".join(self._guarded(response.iter_bytes()))[:2000].decode("utf-8", "replace")
+            detail = b"".join(self._guarded(response.iter_bytes(), began_s))[:2000].decode("utf-8", "replace")
         finally:
             response.close()
         refused = _response_error(what, response.status_code, detail)
-        raise self._explain(refused) if response.status_code == _UNAVAILABLE else refused
+        raise self._explain(refused, began_s) if response.status_code == _UNAVAILABLE else refused
 
-    def _guarded(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """`pieces`, with what can break while a body is read as one of our errors."""
+    def _guarded(self, pieces: Iterator[bytes], began_s: float) -> Iterator[bytes]:
+        """`pieces`, with what can break while a body is read as one of our errors.
+
+        Args:
+            began_s: when the call began.
+        """
         try:
             yield from pieces
         except (httpcore.TimeoutException, httpx.TimeoutException) as error:
@@ -406,9 +414,9 @@ class AgentServerClient:
             ) from error
         except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpx.TransportError) as error:
             broke = TunnelLostError("The connection broke in the middle of an answer.", evidence=str(error))
-            raise self._explain(broke) from error
+            raise self._explain(broke, began_s) from error
         except (TunnelError, ServerUnavailableError) as error:  # of our own streams
-            raise self._explain(error) from error.__cause__
+            raise self._explain(error, began_s) from error.__cause__
 
 
 def wrap_command(command: str, cwd: str, env: dict[str, str]) -> str:

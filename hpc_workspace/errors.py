@@ -11,6 +11,7 @@
     │   └── SchedulerUnavailableError (ConnectionError)
     ├── ImageError (RuntimeError)           an image that is missing, broken, or can't be pulled
     ├── ContainerError (RuntimeError)       the container or its server did not start, or is gone
+    ├── SandboxRestarted                    Slurm requeued the job: the workspace runs anew, its files are gone
     ├── RendezvousError
     │   ├── RendezvousTimeoutError (TimeoutError)
     │   ├── RendezvousCorruptError          a file of the workspace directory can't be trusted
@@ -129,6 +130,36 @@ class SchedulerUnavailableError(JobError, ConnectionError):
 
 class ImageError(WorkspaceError, RuntimeError):
     """An image is missing, is not what it claims to be, or can't be fetched."""
+
+
+class SandboxRestarted(WorkspaceError):
+    """Slurm requeued the job, and the workspace runs anew: told once, to each call that it cut off or to the next one.
+
+    `node` is where it runs now, `job_id` Slurm's id, `restart_count` how often the job was restarted, `kept` the
+    directory whose content outlived the restart, the option `mount_dir`; None: nothing did.
+    """
+
+    node: str
+    job_id: str
+    restart_count: int
+    kept: str | None
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        node: str = "",
+        job_id: str = "",
+        restart_count: int = 0,
+        kept: str | None = None,
+        evidence: str = "",
+        remedy: str = "",
+    ) -> None:
+        super().__init__(what, evidence=evidence, remedy=remedy)
+        self.node = node
+        self.job_id = job_id
+        self.restart_count = restart_count
+        self.kept = kept
 
 
 class ContainerError(WorkspaceError, RuntimeError):

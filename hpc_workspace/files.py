@@ -42,13 +42,15 @@ def flush(path: Path) -> None:
 
 
 def age_s(path: Path) -> float:
-    """Seconds since `path` was last touched. A probe is made beside it for "now", since the clocks of nodes differ.
+    """Seconds since `path` was last touched; below zero if that is yet to come.
+
+    A probe is made beside it for "now", since the clocks of nodes differ.
 
     Raises:
         OSError: it is gone, or its directory can't be written.
     """
     touched = path.stat().st_mtime
-    return max(0.0, server_time_s(path.parent) - touched)
+    return server_time_s(path.parent) - touched
 
 
 def server_time_s(folder: Path) -> float:

@@ -10,22 +10,43 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hpc_workspace.errors import ConfigError
 from hpc_workspace.text import Text
 
 # sbatch(1) 24.11, --time: "minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours", "days-hours:minutes"
 # and "days-hours:minutes:seconds".
-_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
+_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}", re.ASCII)
 # sbatch(1) 24.11, --mem: a number with one of K, M, G, T; megabytes without.
-_MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+_MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE | re.ASCII)
 _GRES = re.compile(r"[\w./-]+(:[\w.-]+){0,2}(,[\w./-]+(:[\w.-]+){0,2})*")
 _LONG_OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # Those that a workspace's job must have as they are, and those that make another kind of job.
 _OUR_SBATCH_OPTIONS = frozenset(
     (
-        *("array", "batch", "chdir", "error", "export", "export-file", "help", "ignore-pbs", "input", "job-name"),
+        *(
+            "array",
+            "batch",
+            "chdir",
+            "clusters",
+            "error",
+            "export",
+            "export-file",
+            "help",
+            "ignore-pbs",
+            "input",
+            "job-name",
+        ),
         *(
             "no-requeue",
             "nodes",
@@ -34,14 +55,13 @@ _OUR_SBATCH_OPTIONS = frozenset(
             "output",
             "parsable",
             "quiet",
-            "requeue",
             "signal",
             "test-only",
         ),
         *("usage", "verbose", "version", "wait", "wrap"),
     )
 )
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|d)?")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|d)?", re.ASCII)
 _DURATION_S = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 # The agent server's own threads count (OpenHands' has about 30); with less it would not even start.
 _FEWEST_PROCESSES = 64
@@ -103,6 +123,8 @@ class SlurmFields(BaseModel):
         time: sbatch's formats; a bare number is minutes.
         mem, mem_per_cpu, mem_per_gpu, tmp: a number with K, M, G or T; a bare number is megabytes.
         gres: `name[[:type]:count]`, several with commas.
+        requeue: whether Slurm may start the job anew, elsewhere and with new files, after its node failed or another
+            job preempted it; see `errors.SandboxRestarted`. False: it ends then.
         exclusive: True for the whole node; `user` and the like as sbatch takes them.
         extra: any other long option, by its name with dashes or underscores; None for a flag without a value. Not those
             that we set ourselves, such as `job-name` and `export`.
@@ -134,6 +156,7 @@ class SlurmFields(BaseModel):
     nodelist: Text | None = None
     exclude: Text | None = None
     exclusive: Annotated[bool | Text | None, BeforeValidator(_as_flag)] = None
+    requeue: Annotated[bool, BeforeValidator(_as_flag)] = False
     begin: Text | None = None
     dependency: Text | None = None
     nice: int | None = None
@@ -151,11 +174,20 @@ class SlurmFields(BaseModel):
             option = name.lstrip("-").replace("_", "-")
             if not _LONG_OPTION.fullmatch(option):
                 raise ValueError(f"extra: {name!r} is not the name of a long option of sbatch")
-            if option in _OUR_SBATCH_OPTIONS:
-                raise ValueError(f"extra: {option} is set by hpc-workspace itself")
+            # getopt takes the beginning of an option's name for the option (getopt_long(3)).
+            if ours := [name for name in _OUR_SBATCH_OPTIONS if name.startswith(option)]:
+                raise ValueError(f"extra: {option} is set by hpc-workspace itself ({min(ours)})")
             if option.replace("-", "_") in type(self).model_fields:
                 raise ValueError(f"extra: {option} has a place of its own: give {option.replace('-', '_')}=")
         return self
+
+    @field_validator("setup")
+    @classmethod
+    def _setup_has_no_options(cls, lines: list[str]) -> list[str]:
+        # sbatch reads such lines until the first command, wherever in the script they come from.
+        if any(line.lstrip().startswith("#SBATCH") for line in lines):
+            raise ValueError("has a line of #SBATCH: give the option by its own name, or in extra={…}")
+        return lines
 
     @model_validator(mode="after")
     def _one_memory(self) -> SlurmFields:
@@ -260,7 +292,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 def config_error(owner: str, error: ValidationError) -> ConfigError:
     """The first mistake in `error`, said as one that names the option. Values are left out: one may be a secret."""
     first = error.errors(include_url=False, include_input=False)[0]
-    option = ".".join(str(part) for part in first["loc"] if not _is_union_arm(part))
+    option = ".".join(_shown(part) for part in first["loc"] if not _is_union_arm(part))
     if first["type"] == "extra_forbidden":
         return ConfigError(
             f"{owner} has no option {option!r}.",
@@ -279,12 +311,17 @@ _REMEDIES = {
 }
 
 
+def _shown(part: int | str) -> str:
+    text = str(part)
+    return text if text.isprintable() else ascii(text)
+
+
 def _is_union_arm(part: object) -> bool:
-    """Whether a step of pydantic's error location names a type of a union and not an option."""
+    """Whether a step of pydantic's error location names a type of a union, or a dict's key, and not an option."""
     return isinstance(part, str) and (part.startswith(("literal[", "function-", "constrained-")) or part in _ARMS)
 
 
-_ARMS = {"SlurmOptions", "str", "int", "float"}
+_ARMS = {"SlurmOptions", "str", "int", "float", "bool", "[key]"}
 
 
 def _fields_of(owner: str) -> Mapping[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Literal
 from hpc_workspace import procfs
 
 Fate = Literal["alive", "dead", "unknown"]
+
+
+_NUMBER = re.compile(r"[0-9]{1,20}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Owner:
     def parse(cls, text: str) -> Owner | None:
         """The mark written as `text`; None if it is none."""
         fields = text.split()
-        if len(fields) != 5 or not (fields[3].isdigit() and fields[4].isdigit()):
+        if len(fields) != 5 or not all(_NUMBER.fullmatch(field) for field in fields[3:]):
             return None
         return cls(fields[0], fields[1], fields[2], int(fields[3]), int(fields[4]))
 

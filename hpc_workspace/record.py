@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hpc_workspace.text import Text
 
 SCHEMA = 1
+SCHEMA_MAX = 1_000_000
 
 WorkspaceId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{3,40}$")]
 State = Literal["starting", "ready", "ended", "failed"]
@@ -34,11 +35,12 @@ class Spec(BaseModel):
         binds: mounts in Apptainer's own `src[:dest[:opts]]` syntax, as the user gave them.
         ends_with_lease: whether the workspace ends as soon as the last client is gone.
         idle_timeout_s: ends after so long without a client and without a running command; None: never.
+        may_restart: whether Slurm may requeue the job, so that what it needs to live again is kept when it is ended.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = SCHEMA
+    schema_version: Annotated[int, Field(gt=0, lt=SCHEMA_MAX)] = SCHEMA
     workspace_id: WorkspaceId
     launch_id: Text
     runtime: Literal["auto", "apptainer", "singularity", "process"]
@@ -60,15 +62,16 @@ class Spec(BaseModel):
     health_check_timeout_s: float
     ends_with_lease: bool
     idle_timeout_s: float | None
+    may_restart: bool = False
 
 
 class Failure(BaseModel):
     """Why a workspace failed, as an error of `errors.py` that the client raises in its own process.
 
-    `leftovers` is what of it could not be cleared away: a line each.
+    `leftovers` is what of it could not be cleared away: a line each. What a later version has added is passed over.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     kind: Text
     what: str
@@ -83,11 +86,13 @@ class Record(BaseModel):
     Attributes:
         job_id: Slurm's; None on this machine.
         restart_count: Slurm's SLURM_RESTART_COUNT; 0 in a job's first life and without Slurm.
+        may_restart: whether the job may have another life after this one.
         node: the node's short name, as Slurm and SSH know it.
         port: of the node's 127.0.0.1, where the door listens.
         socket: the door's Unix socket on the node.
         owner: the mark of the node program's warden (`owner.Owner`): when that process has ended, all has.
         working_dir: where commands start, as they see it.
+        mount_dir: the directory that is at /workspace and outlives the container; None: there is none.
         node_scratch: the workspace's 0700 directory on the node's own disk.
         extra_ports: ports inside the workspace by name (vscode, vnc); empty unless they were asked for.
         notices: what is not as it was asked for, with the reason, in words for a person.
@@ -97,13 +102,14 @@ class Record(BaseModel):
     What a later version has added to it is passed over.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
-    schema_version: int = SCHEMA
+    schema_version: Annotated[int, Field(gt=0, lt=SCHEMA_MAX)] = SCHEMA
     workspace_id: WorkspaceId
     launch_id: Text
-    job_id: Text | None
+    job_id: Annotated[str, Field(pattern=r"^[0-9]{1,18}$")] | None
     restart_count: Annotated[int, Field(ge=0)]
+    may_restart: bool = False
     state: State
     node: Text
     port: Annotated[int, Field(ge=0, lt=65536)]
@@ -112,10 +118,11 @@ class Record(BaseModel):
     runtime: Text
     server: Literal["bundled", "image"]
     working_dir: Text
+    mount_dir: Text | None = None
     node_scratch: Text
     started_at: float
     phases_s: dict[str, float] = Field(default_factory=dict)
-    extra_ports: dict[str, int] = Field(default_factory=dict)
+    extra_ports: dict[str, Annotated[int, Field(gt=0, lt=65536)]] = Field(default_factory=dict)
     notices: list[str] = Field(default_factory=list)
     time_left_s: float | None = None
     exit_reason: str | None = None
@@ -124,3 +131,8 @@ class Record(BaseModel):
     @property
     def is_final(self) -> bool:
         return self.state in FINAL_STATES
+
+    @property
+    def fence(self) -> tuple[int, int]:
+        """Orders the lives that may write to one directory: a later one's is greater."""
+        return int(self.job_id or 0), self.restart_count

@@ -17,17 +17,20 @@ stranger had written it: a regular file, ours, shut to others, of a sane size, o
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from hpc_workspace import clock, files, locks
-from hpc_workspace.errors import RendezvousCorruptError, RendezvousError
-from hpc_workspace.record import SCHEMA, Record, Spec
+from hpc_workspace.errors import ConfigError, RendezvousCorruptError, RendezvousError, RendezvousStaleError
+from hpc_workspace.record import SCHEMA, SCHEMA_MAX, Record, Spec
+from hpc_workspace.text import no_control
 
 _TOKEN = "token"  # noqa: S105 - a file's name
 _ENVIRONMENT = "environment"
@@ -36,12 +39,25 @@ MAX_BYTES = 256 * 1024
 _LOCK_TIMEOUT_S = 5.0
 _LOOK_S = (0.01, 0.02)
 
-_Value = TypeVar("_Value", bound=BaseModel)
+_Value = TypeVar("_Value", Spec, Record)
 
 
 def state_dir() -> Path:
-    """`$HPC_WORKSPACE_HOME`, else `~/.hpc_workspace`: it must be visible from client and nodes."""
-    return Path(os.environ.get("HPC_WORKSPACE_HOME") or "~/.hpc_workspace").expanduser().absolute()
+    """`$HPC_WORKSPACE_HOME`, else `~/.hpc_workspace`: it must be visible from client and nodes.
+
+    Raises:
+        ConfigError: there is no such home, or the path has a control character, which a batch script can't carry.
+    """
+    try:
+        path = Path(os.environ.get("HPC_WORKSPACE_HOME") or "~/.hpc_workspace").expanduser().absolute()
+        no_control(str(path))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"The state directory can't be used: its path {error}.",
+            option="HPC_WORKSPACE_HOME",
+            remedy="Set HPC_WORKSPACE_HOME to a directory that you own.",
+        ) from error
+    return path
 
 
 def workspaces_dir() -> Path:
@@ -102,6 +118,7 @@ class WorkspaceDirectory:
         Guarantees: if it raises, nothing is left of it.
 
         Raises:
+            ConfigError: a path is no UTF-8, or the environment is too large.
             RendezvousError: the state directory can't be written, or has no room.
         """
         root = workspaces_dir()
@@ -112,18 +129,33 @@ class WorkspaceDirectory:
         except OSError as error:
             raise _unwritable(root, error) from error
         try:
-            directory._write("spec.json", spec.model_dump_json(indent=1).encode())
+            directory._write("spec.json", _as_json(spec).encode())
             directory._write(_TOKEN, token.encode())
-            for name, variables in ((_ENVIRONMENT, environment), (_RUNTIME_ENVIRONMENT, runtime_environment)):
-                if variables:
-                    pairs = (f"{key}={value}" for key, value in variables.items())
-                    directory._write(name, "\0".join(pairs).encode("utf-8", "surrogateescape"))
+            directory._write_variables(_ENVIRONMENT, environment)
+            directory._write_variables(_RUNTIME_ENVIRONMENT, runtime_environment or {})
             for log in (directory.node_log, directory.server_log):
                 os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        except OSError as error:
+        except BaseException as error:
             directory.remove()
-            raise _unwritable(root, error) from error
+            if isinstance(error, UnicodeEncodeError):
+                raise ConfigError(
+                    "A path of the workspace has bytes that are no UTF-8.", evidence=str(error)
+                ) from error
+            if isinstance(error, OSError):
+                raise _unwritable(root, error) from error
+            raise
         return directory
+
+    def _write_variables(self, name: str, variables: dict[str, str]) -> None:
+        data = "\0".join(f"{key}={value}" for key, value in variables.items()).encode("utf-8", "surrogateescape")
+        if len(data) > MAX_BYTES:
+            raise ConfigError(
+                f"The variables to pass on ({', '.join(variables)}) have {len(data)} bytes: more than {MAX_BYTES}.",
+                option="forward_env",
+                remedy="Put large values into a file, and upload that.",
+            )
+        if data:
+            self._write(name, data)
 
     def remove(self) -> None:
         """Remove the directory and all that is in it; nothing happens if it is gone.
@@ -182,11 +214,23 @@ class WorkspaceDirectory:
 
         Raises:
             RendezvousCorruptError: it can't be trusted.
+            RendezvousStaleError: the whole directory is gone: somebody has closed the workspace.
+            RendezvousError: the directory can't be read.
         """
         # NFS caches "no such file" for up to a minute; listing the directory makes it look again.
-        if "record.json" not in os.listdir(self.path):
+        if "record.json" not in self._list():
             return None
         return self._read_model("record.json", Record)
+
+    def _list(self) -> list[str]:
+        try:
+            return os.listdir(self.path)
+        except FileNotFoundError as error:
+            raise RendezvousStaleError(
+                f"Workspace {self.workspace_id} has ended: its directory is gone.", evidence=str(error)
+            ) from error
+        except OSError as error:
+            raise RendezvousError(f"{self.path} can't be read.", evidence=str(error)) from error
 
     def record_age_s(self) -> float:
         """How long ago the record was written, by the file server's clock.
@@ -199,15 +243,15 @@ class WorkspaceDirectory:
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
-    def wait_final_record(self, timeout_s: float) -> Record | None:
-        """The record once it says how the workspace ended; None if it does not within `timeout_s`.
+    def wait_record(self, is_wanted: Callable[[Record], bool], *, timeout_s: float) -> Record | None:
+        """The record once it is as wanted; None if it is not within `timeout_s`.
 
         Raises: as `read_record`.
         """
         deadline = clock.Deadline(timeout_s)
         for pause_s in clock.pauses_s(*_LOOK_S):
             record = self.read_record()
-            if record is not None and record.is_final:
+            if record is not None and is_wanted(record):
                 return record
             if deadline.is_over:
                 break
@@ -218,13 +262,33 @@ class WorkspaceDirectory:
         """Put `record` in place, whole or not at all.
 
         Raises:
-            RendezvousError: the disk is full or gone.
+            RendezvousStaleError: a later life of the job has published its own, or the directory is gone.
+            RendezvousError: the disk is full or gone; the record is too large to be read.
         """
+        data = _as_json(record).encode("utf-8", "replace")
+        if len(data) > MAX_BYTES:
+            raise RendezvousError(f"The record of {record.workspace_id} is too large ({len(data)} bytes).")
+        self._list()  # a lock would make a directory that is gone again
         try:
             with locks.tidily(self.path / "record.lock", _LOCK_TIMEOUT_S):
-                self._write("record.json", record.model_dump_json(indent=1).encode())
+                self.require_no_later_life(record)
+                self._write("record.json", data)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+
+    def require_no_later_life(self, record: Record) -> None:
+        """Make sure that `record` is of the job's last life.
+
+        Raises:
+            RendezvousStaleError: it is not.
+        """
+        with contextlib.suppress(RendezvousCorruptError):  # what is broken is replaced
+            found = self.read_record()
+            if found is not None and found.fence > record.fence:
+                raise RendezvousStaleError(
+                    f"Workspace {record.workspace_id} has a later life on {found.node} (job {found.job_id}, restart "
+                    f"{found.restart_count}): this one is over."
+                )
 
     def forget_secrets(self) -> None:
         """Remove the key and the forwarded values: nothing can reach this workspace any more."""
@@ -232,28 +296,42 @@ class WorkspaceDirectory:
             (self.path / name).unlink(missing_ok=True)
 
     def write_batch_script(self, text: str) -> None:
-        self._write("job.sbatch", text.encode("utf-8", "surrogateescape"))
+        """Put the batch script beside the rest.
+
+        Raises:
+            RendezvousError: the disk is full or gone.
+        """
+        try:
+            self._write("job.sbatch", text.encode("utf-8", "surrogateescape"))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def touch_heartbeat(self) -> None:
         """Set the heartbeat's time to now, by the file server's clock."""
-        descriptor = os.open(self.heartbeat, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(self.heartbeat, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
             os.utime(descriptor)
         finally:
             os.close(descriptor)
 
     def heartbeat_age_s(self) -> float | None:
-        """How old the heartbeat is, by the file server's clock, or None if there never was one."""
+        """How old the heartbeat is, by the file server's clock, or None if there never was one.
+
+        Raises:
+            RendezvousError: the directory can't be written, as a look at that clock needs.
+        """
         try:
             return files.age_s(self.heartbeat)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def log_tail(self, path: Path, lines: int = 12) -> str:
         """The last lines of a log, without control characters; empty if there is none."""
         try:
-            with path.open("rb") as log:
-                log.seek(max(0, path.stat().st_size - 16 * 1024))
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as log:
+                log.seek(max(0, os.fstat(log.fileno()).st_size - 16 * 1024))
                 text = log.read().decode("utf-8", "replace")
         except OSError:
             return ""
@@ -271,13 +349,19 @@ class WorkspaceDirectory:
             return None
         except OSError as error:
             raise RendezvousCorruptError(f"{path} can't be opened.", evidence=str(error)) from error
+        if wrong := _distrust(os.fstat(descriptor)):
+            os.close(descriptor)
+            raise RendezvousCorruptError(
+                f"{path} {wrong}: it is not trusted.", remedy="Somebody changed it; end the workspace."
+            )
         with os.fdopen(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if wrong := _distrust(found):
-                raise RendezvousCorruptError(
-                    f"{path} {wrong}: it is not trusted.", remedy="Somebody changed it; end the workspace."
-                )
             return file.read(MAX_BYTES + 1)
+
+    def _too_new(self, name: str, schema: int) -> RendezvousCorruptError:
+        return RendezvousCorruptError(
+            f"{self.path / name} has schema {schema}, newer than {SCHEMA}.",
+            remedy="Use the version of hpc-workspace that made it.",
+        )
 
     def _read_model(self, name: str, model: type[_Value]) -> _Value | None:
         data = self._read(name)
@@ -286,15 +370,23 @@ class WorkspaceDirectory:
         try:
             value = model.model_validate_json(data)
         except ValidationError as error:
-            newer = _newer_schema(data)
+            if newer := _newer_schema(data):
+                raise self._too_new(name, newer) from error
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])[:100]
             raise RendezvousCorruptError(
-                f"{self.path / name} " + (f"has schema {newer}, newer than {SCHEMA}." if newer else "is not valid."),
-                evidence="" if newer else str(error.errors(include_url=False, include_input=False)[0]["msg"]),
-                remedy="Use the version of hpc-workspace that made it." if newer else "",
+                f"{self.path / name} is not valid.", evidence=f"{where}: {first['msg']}" if where else first["msg"]
             ) from error
+        if value.schema_version > SCHEMA:
+            raise self._too_new(name, value.schema_version)
         if getattr(value, "workspace_id", self.workspace_id) != self.workspace_id:
             raise RendezvousCorruptError(f"{self.path / name} is of another workspace.")
         return value
+
+
+def _as_json(value: BaseModel) -> str:
+    """`value` for a file; characters that UTF-8 does not have are left to whoever encodes it."""
+    return json.dumps(value.model_dump(), indent=1, ensure_ascii=False)
 
 
 def _distrust(found: os.stat_result) -> str:
@@ -311,13 +403,11 @@ def _distrust(found: os.stat_result) -> str:
 
 
 def _newer_schema(data: bytes) -> int | None:
-    import json
-
     try:
         schema = json.loads(data).get("schema_version")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
-    return schema if isinstance(schema, int) and schema > SCHEMA else None
+    return schema if isinstance(schema, int) and SCHEMA < schema < SCHEMA_MAX else None
 
 
 def _unwritable(path: Path, error: OSError) -> RendezvousError:
@@ -350,4 +440,10 @@ def list_workspaces() -> list[WorkspaceDirectory]:
         names = sorted(os.listdir(root))
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise RendezvousError(
+            f"{root} can't be read.",
+            evidence=str(error),
+            remedy="Set HPC_WORKSPACE_HOME to a directory that you own.",
+        ) from error
     return [WorkspaceDirectory(root / name) for name in names if not name.startswith(".")]

@@ -61,6 +61,7 @@ def make_spec(options: WorkspaceOptions, *, slurm: SlurmOptions | None, say: Cal
         health_check_timeout_s=options.health_check_timeout,
         ends_with_lease=on_this_machine,
         idle_timeout_s=options.idle_timeout,
+        may_restart=slurm is not None and slurm.requeue,
     )
 
 

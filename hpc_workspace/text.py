@@ -14,10 +14,15 @@ def no_control(value: str) -> str:
     """`value`, if it has no control character: a newline in a batch script is a new line of shell.
 
     Raises:
-        ValueError: it has one.
+        ValueError: it has one, or can't be written to a file: bytes that are no UTF-8 can (PEP 383), half a character
+            of UTF-16 can't.
     """
     if _CONTROL.search(value):
         raise ValueError("has a control character (a newline, say)")
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ValueError("has half a character (a lone surrogate)") from None
     return value
 
 

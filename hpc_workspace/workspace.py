@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import logging
 import os
 import shlex
@@ -13,32 +12,24 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from hpc_workspace import clock, errors, exits, processes, rendezvous
+from hpc_workspace import clock, exits, processes, rendezvous
 from hpc_workspace.apptainer import read_own_environment
 from hpc_workspace.config import load_settings
-from hpc_workspace.connect.ladder import climb
 from hpc_workspace.connect.listener import Listener
-from hpc_workspace.connect.streams import DoorStream, Route, open_door
 from hpc_workspace.errors import (
     ContainerError,
-    JobEndedError,
-    JobError,
-    QueueTimeoutError,
     RendezvousError,
-    RendezvousStaleError,
     RendezvousTimeoutError,
-    SchedulerUnavailableError,
-    ServerError,
-    TunnelError,
     WorkspaceError,
 )
 from hpc_workspace.exchange import Wish, make_token
 from hpc_workspace.launch.launched import Launched
+from hpc_workspace.link import END_TIMEOUT_S, Link, as_error, close_quietly, require_running
 from hpc_workspace.logs import LogFollower
 from hpc_workspace.options import SlurmOptions, WorkspaceOptions
-from hpc_workspace.record import Record, Spec
+from hpc_workspace.record import Record
 from hpc_workspace.rendezvous import WorkspaceDirectory
 from hpc_workspace.request import make_spec
 from hpc_workspace.results import CommandResult, FileOperationResult, GitChange, GitDiff, OutputChunk
@@ -47,20 +38,10 @@ if TYPE_CHECKING:
     import httpx
 
     from hpc_workspace.client import AgentServerClient
+    from hpc_workspace.connect.streams import DoorStream
 
 log = logging.getLogger(__name__)
 server_log = logging.getLogger("hpc_workspace.server_log")
-
-_LOCAL_LOOK_S = (0.01, 0.02)
-_SLURM_LOOK_S = (0.05, 0.5)
-_END_TIMEOUT_S = 20.0
-# The record of a job that ended may reach this side a moment after Slurm's word.
-_LAST_LOOK_S = 1.0
-_STALE_S = 120.0
-# How long a broken connection may take to turn out to be the end of the workspace.
-_FAREWELL_S = 3.0
-# Slurm tells of a job's end when its epilog is done and the answer that we have is not 2 s old any more.
-_JOB_END_S = 6.0
 
 _open_workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
 
@@ -72,22 +53,16 @@ class Workspace:
     closes it.
     """
 
-    def __init__(self, directory: WorkspaceDirectory, *, connect: str = "auto") -> None:
-        self._directory: WorkspaceDirectory | None = directory
-        self._connect_by = connect
+    def __init__(self, directory: WorkspaceDirectory | None) -> None:
+        self._directory = directory
         self._host_port: int | None = None
-        self._token = ""
-        self._record: Record | None = None
-        self._launched: Launched | None = None
-        self._route: Route | None = None
-        self._lease: DoorStream | None = None
+        self._link: Link | None = None
         self._client: AgentServerClient | None = None
         self._listener: Listener | None = None
         self._extra_listeners: dict[str, Listener] = {}
         self._follower: LogFollower | None = None
         self._lock = threading.RLock()
-        self._lost: WorkspaceError | None = None
-        self._unwatch: Callable[[], None] = lambda: None
+        self._ended: Record | None = None
         self.phases_s: dict[str, float] = {}
 
     def __repr__(self) -> str:
@@ -108,17 +83,16 @@ class Workspace:
             TunnelError: it can't be reached.
         """
         directory = _require_directory(workspace_id)
-        workspace = Workspace(directory, connect=connect)
         record = directory.read_record()
         if record is None:
             raise RendezvousTimeoutError(
                 f"Workspace {workspace_id} has not published its address yet.",
                 remedy=f"See {directory.node_log}, or wait until `hpc-workspace ps` shows it as ready.",
             )
-        _require_running(directory, record)
-        workspace._record = record
-        workspace._launched = _attached(directory, record)
-        workspace._connect_to_server()
+        require_running(directory, record)
+        workspace = Workspace(directory)
+        workspace._link = Link(directory, _attached(directory, record), launch_id=record.launch_id, connect=connect)
+        workspace._connect_to_server(record)
         return workspace
 
     @staticmethod
@@ -151,7 +125,7 @@ class Workspace:
     @property
     def job(self) -> str | None:
         """Slurm's job id; None on this machine."""
-        return self._launched.job_id if self._launched else None
+        return self._link.launched.job_id if self._link else None
 
     @property
     def runtime(self) -> str:
@@ -167,7 +141,7 @@ class Workspace:
     def notices(self) -> list[str]:  # type: ignore[valid-type]  # the method list hides it
         """What is not as it was asked for, with the reason: a fall-back, a limit that is near. Empty where all is."""
         record = self._require_record()
-        with contextlib.suppress(RendezvousError, FileNotFoundError):
+        with contextlib.suppress(RendezvousError):
             record = self._require_dir().read_record() or record
         return [*record.notices]
 
@@ -179,17 +153,14 @@ class Workspace:
             RendezvousError: the workspace directory can't be read.
         """
         directory = self._require_dir()
-        try:
-            record = directory.read_record() or self._require_record()
-            return None if record.time_left_s is None else max(0.0, record.time_left_s - directory.record_age_s())
-        except FileNotFoundError as error:
-            raise RendezvousStaleError(f"Workspace {directory.workspace_id} has ended.") from error
+        record = directory.read_record() or self._require_record()
+        return None if record.time_left_s is None else max(0.0, record.time_left_s - directory.record_age_s())
 
     @property
     def api_key(self) -> str:
         """The session key of the agent server."""
         self._require_client()
-        return self._token
+        return self._require_link().token
 
     @property
     def host(self) -> str:
@@ -197,7 +168,7 @@ class Workspace:
         self._require_client()
         with self._lock:
             if self._listener is None:
-                self._listener = Listener(lambda: self._dial(Wish(want="server")), self._host_port)
+                self._listener = self._listen(Wish(want="server"), self._host_port)
             return self._listener.url
 
     @property
@@ -215,7 +186,14 @@ class Workspace:
             return dict(self._extra_listeners)
 
     def _listen_for_extra(self, name: str, host_port: int | None) -> Listener:
-        return Listener(lambda: self._dial(Wish(want="port", port=self._require_record().extra_ports[name])), host_port)
+        def dial() -> DoorStream:
+            wish = Wish(want="port", port=self._require_record().extra_ports[name])
+            return self._require_link().dial_for_others(wish)
+
+        return Listener(dial, host_port)
+
+    def _listen(self, wish: Wish, host_port: int | None = None) -> Listener:
+        return Listener(lambda: self._require_link().dial_for_others(wish), host_port)
 
     @property
     def client(self) -> httpx.Client:
@@ -227,10 +205,23 @@ class Workspace:
         """Whether the agent server answers now."""
         if self._client is None:
             return False
-        try:
-            self._client.health()
-        except (ServerError, TunnelError, ContainerError, JobError):
-            return False
+        from hpc_workspace.client import AgentServerClient
+
+        link, record = self._require_link(), self._require_record()
+        # One that waits for nothing: neither for an explanation nor for a job that is requeued.
+        with contextlib.closing(
+            AgentServerClient(
+                lambda: link.dial_at_once(Wish(want="server")),
+                api_key=link.token,
+                server=record.server,
+                working_dir=record.working_dir,
+                explain=lambda error, _: error,
+            )
+        ) as probe:
+            try:
+                probe.health()
+            except WorkspaceError:
+                return False
         return True
 
     def health(self) -> dict[str, Any]:
@@ -320,7 +311,7 @@ class Workspace:
     def forward(self, port: int) -> Listener:
         """A port of 127.0.0.1 here for `port` of the workspace; has `url`, `port` and `close()`."""
         self._require_client()
-        return Listener(lambda: self._dial(Wish(want="port", port=port)))
+        return self._listen(Wish(want="port", port=port))
 
     def logs(self) -> str:
         """What the agent server has printed; empty if it printed nothing, or after a clean close."""
@@ -336,7 +327,7 @@ class Workspace:
             TunnelError: its door can't be told; it will end as it would have.
         """
         with self._lock:
-            with contextlib.closing(self._dial(Wish(want="detach"))) as stream:
+            with contextlib.closing(self._require_link().dial(Wish(want="detach"))) as stream:
                 stream.wait_granted()
             self.disconnect()
             return self.id
@@ -345,8 +336,11 @@ class Workspace:
         """Leave the workspace as it is, and let go of it: it ends when its last client is gone or it is idle."""
         with self._lock:
             _note_closed(self)
-            self._launched = None
-            self._disconnect()
+            self._let_go()
+            if self._link is not None:
+                self._ended = self._link.record
+                self._link.disconnect()
+                self._link = None
 
     def close(self) -> None:
         """End the workspace and wait until nothing of it is left. A second call does nothing.
@@ -355,19 +349,17 @@ class Workspace:
             ContainerError: something is left; it says what.
         """
         with self._lock:
-            launched, record = self._launched, self._record
-            if launched is None:
+            link = self._link
+            if link is None:
                 return
-            told = record is not None and self._end_through_door()
-            self._disconnect()
-            if not told:
-                _end_from_outside(launched)
-            gone = launched.wait_gone(_END_TIMEOUT_S)
+            self._let_go()
+            gone = link.end()
             # Until here a signal may interrupt us, and the next call, at the latest at exit, does all of it again.
             try:
-                self._settle(gone, launched)
+                self._settle(gone, link.launched)
             finally:
-                self._launched = None
+                self._ended = link.record
+                self._link = None
                 _note_closed(self)
 
     cleanup = close
@@ -377,156 +369,64 @@ class Workspace:
         directory = self._require_dir()
         try:
             record = directory.read_record()
-        except (RendezvousError, FileNotFoundError):
+        except RendezvousError:
             record = None
         if not gone:
             raise ContainerError(
-                f"Workspace {directory.workspace_id} did not end within {_END_TIMEOUT_S:g} s.",
+                f"Workspace {directory.workspace_id} did not end within {END_TIMEOUT_S:g} s.",
                 evidence=f"{launched.describe()}; its directory is {directory.path}.",
                 remedy=f"scancel {launched.job_id}" if launched.job_id else "End its node program by hand.",
             )
         if record is not None and record.failure is not None:
             directory.forget_secrets()
             if record.failure.leftovers:
-                raise _as_error(record)
+                raise as_error(record)
             log.warning("workspace %s ended badly: %s See %s", record.workspace_id, record.failure.what, directory.path)
             return
         directory.remove()
 
-    def _end_through_door(self) -> bool:
-        """Ask the door for the end and wait for its goodbye. Returns whether it was told."""
-        if self._lost is not None:
-            return False
-        try:
-            stream = self._dial(Wish(want="end"))
-            stream.wait_granted()
-        except (TunnelError, ServerError) as error:
-            log.debug("the door can't be told to end: %s", error)
-            return False
-        with contextlib.closing(stream):
-            stream.settimeout(_END_TIMEOUT_S)
-            try:
-                while stream.recv(1024):
-                    continue
-            except OSError as error:
-                log.debug("no goodbye from the door: %s", error)
-        return True
-
-    def _disconnect(self) -> None:
-        self._unwatch()
-        self._lost = None
+    def _let_go(self) -> None:
         extra = self._extra_listeners.values()
-        for part in (self._follower, self._listener, *extra, self._client, self._lease, self._route):
-            _close_quietly(part)
-        self._follower = self._listener = self._client = self._lease = self._route = None
+        for part in (self._follower, self._listener, *extra, self._client):
+            close_quietly(part)
+        self._follower = self._listener = self._client = None
         self._extra_listeners = {}
 
-    def _connect_to_server(self) -> None:
+    def _connect_to_server(self, record: Record) -> None:
         """Take the lease by the first route that works, and make the client."""
         from hpc_workspace.client import AgentServerClient
 
-        record = self._require_record()
+        link = self._require_link()
         began_s = clock.now_s()
-        self._token = self._require_dir().read_token()
-        self._route, self._lease = climb(self._connect_by, record, self._token, Wish(want="lease"))
+        link.connect(record)
         self._client = AgentServerClient(
-            lambda: self._dial(Wish(want="server")),
-            api_key=self._token,
+            lambda: link.dial(Wish(want="server")),
+            api_key=link.token,
             server=record.server,
             working_dir=record.working_dir,
-            explain=self._explain,
+            explain=link.explain,
         )
         self.phases_s["connect"] = clock.now_s() - began_s
-        self._watch_job()
-
-    def _watch_job(self) -> None:
-        """Have it noticed when the job ends although nothing comes over the connection: a dead node says nothing."""
-        from hpc_workspace.launch.slurm import SlurmLaunched
-        from hpc_workspace.launch.watch import watch
-
-        if isinstance(self._launched, SlurmLaunched):
-            self._launched.was_ready = True
-            # The watch lives as long as the process: it must not be what keeps a forgotten workspace, and its lease.
-            told = weakref.WeakMethod(self._on_job_ended)
-
-            def tell(error: WorkspaceError) -> None:
-                if (on_job_ended := told()) is not None:
-                    on_job_ended(error)
-
-            watch.add(self._launched, tell)
-            self._unwatch = functools.partial(watch.remove, self._launched)
-            weakref.finalize(self, watch.remove, self._launched)
-
-    def _on_job_ended(self, error: WorkspaceError) -> None:
-        """Break every connection, so that whoever waits on one is told. Called from another thread, without the lock:
-        who holds that may be waiting on one of them."""
-        if isinstance(error, JobEndedError) and error.state == "COMPLETED":
-            error = ContainerError(f"{self!r} has ended.", evidence=error.what)
-        self._lost = error
-        # The route first: a lease of a dead node may not be closed before its connection is.
-        for part in (self._route, self._lease):
-            _close_quietly(part)
-
-    def _dial(self, wish: Wish) -> DoorStream:
-        record = self._require_record()
-        if self._lost is not None:
-            raise self._lost
-        if self._route is None:
-            raise TunnelError(f"Workspace {record.workspace_id} is closed.", node=record.node)
-        return open_door(self._route, record.node, self._token, record.workspace_id, wish)
-
-    def _explain(self, error: WorkspaceError) -> WorkspaceError:
-        """`error`, a broken connection, or why the workspace ended, if that is what broke it.
-
-        The door says goodbye on the lease once all is gone and the record says why. If the node program itself was
-        killed there is no goodbye, and its warden writes the record a moment later.
-        """
-        if self._lost is not None:
-            return self._lost
-        lease = self._lease
-        if lease is None:
-            return error
-        try:
-            lease.settimeout(_FAREWELL_S)
-            lease.wait_ended()
-            record = self._require_dir().wait_final_record(_FAREWELL_S)
-        except FileNotFoundError:
-            node = self._require_record().node
-            return ContainerError(f"{self.id} on {node} has ended: somebody else closed it.", evidence=error.what)
-        except (OSError, WorkspaceError) as unknown:
-            log.debug("a broken connection is not explained: %s", unknown)
-            return error
-        if record is None:
-            return error
-        if record.failure is not None:
-            return _as_error(record)
-        return self._wait_job_end() or ContainerError(
-            f"Workspace {record.workspace_id} on {record.node} has ended: {record.exit_reason}.", evidence=error.what
-        )
-
-    def _wait_job_end(self) -> JobEndedError | None:
-        """What Slurm says of a job that is ending; None if it ended by itself, or Slurm does not say in time."""
-        if self._launched is None or self._launched.job_id is None:
-            return None
-        deadline = clock.Deadline(_JOB_END_S)
-        for pause_s in clock.pauses_s(*_SLURM_LOOK_S):
-            error = self._launched.find_end()
-            if isinstance(error, JobEndedError):
-                return None if error.state == "COMPLETED" else error
-            if deadline.is_over:
-                break
-            clock.sleep(min(pause_s, deadline.left_s))
-        return None
 
     def _require_client(self) -> AgentServerClient:
         if self._client is None:
             raise ContainerError(f"{self!r} is not open.", remedy="Call start(), or use it in a with block.")
         return self._client
 
+    def _require_link(self) -> Link:
+        if self._link is None:
+            raise ContainerError(f"{self!r} is not open.", remedy="Call start(), or use it in a with block.")
+        return self._link
+
+    @property
+    def _record(self) -> Record | None:
+        """Of the life that it is in, or of its last one; None if it was never ready."""
+        return self._link.record if self._link is not None else self._ended
+
     def _require_record(self) -> Record:
-        if self._record is None:
+        if (record := self._record) is None:
             raise ContainerError(f"{self!r} has not been started.", remedy="Call start(), or use it in a with block.")
-        return self._record
+        return record
 
     def _require_dir(self) -> WorkspaceDirectory:
         if self._directory is None:
@@ -546,8 +446,7 @@ class ApptainerWorkspace(Workspace):
 
     def __init__(self, **options: Any) -> None:
         self.options = WorkspaceOptions(**load_settings().fill_in(options))
-        super().__init__(WorkspaceDirectory(Path("-")), connect=self.options.connect)
-        self._directory = None
+        super().__init__(None)
         self._host_port = self.options.host_port
         self.on_progress: Callable[[str], None] = log.info
 
@@ -584,9 +483,16 @@ class ApptainerWorkspace(Workspace):
                 environment = {name: os.environ[name] for name in self.options.forward_env if name in os.environ}
                 own = read_own_environment(os.environ)
                 self._directory = WorkspaceDirectory.create(spec, make_token(), environment, own)
-                self._launch(slurm)
-                self._record = self._wait_ready(spec, in_slurm=slurm is not None)
-                self._connect_to_server()
+                self._link = Link(
+                    self._directory,
+                    self._launch(slurm),
+                    launch_id=spec.launch_id,
+                    connect=self.options.connect,
+                    queue_timeout_s=self.options.queue_timeout,
+                    say=lambda text: self.on_progress(text),
+                )
+                record = self._wait_ready()
+                self._connect_to_server(record)
                 self._make_working_dir()
                 if self.options.detach_logs and server_log.isEnabledFor(logging.INFO):
                     self._follower = LogFollower(self._directory.server_log, server_log, self._directory.workspace_id)
@@ -594,9 +500,9 @@ class ApptainerWorkspace(Workspace):
                 self._undo_start()
                 _note_closed(self)
                 raise
-            for notice in self._record.notices:
+            for notice in record.notices:
                 log.warning("%s: %s", self._directory.workspace_id, notice)
-            self.phases_s.update({f"node.{name}": seconds for name, seconds in self._record.phases_s.items()})
+            self.phases_s.update({f"node.{name}": seconds for name, seconds in record.phases_s.items()})
             self.phases_s["start"] = began.elapsed_s
             return self
 
@@ -630,7 +536,7 @@ class ApptainerWorkspace(Workspace):
         port = self._host_port
         if port is None:
             return
-        self._listener = Listener(lambda: self._dial(Wish(want="server")), port)
+        self._listener = self._listen(Wish(want="server"), port)
         if self.options.extra_ports:
             self._extra_listeners = {
                 name: self._listen_for_extra(name, port + step) for step, name in enumerate(("vscode", "vnc"), 1)
@@ -645,46 +551,25 @@ class ApptainerWorkspace(Workspace):
         self.on_progress("slurm='auto': using Slurm")
         return load_settings().fill_in_slurm(SlurmOptions())
 
-    def _launch(self, slurm: SlurmOptions | None) -> None:
+    def _launch(self, slurm: SlurmOptions | None) -> Launched:
         from hpc_workspace.launch import local
         from hpc_workspace.launch import slurm as slurm_launch
 
         began_s = clock.now_s()
         directory = self._require_dir()
-        self._launched = local.launch(directory) if slurm is None else slurm_launch.submit(directory, slurm)
+        launched: Launched = local.launch(directory) if slurm is None else slurm_launch.submit(directory, slurm)
         self.phases_s["launch"] = clock.now_s() - began_s
-        self.on_progress(f"{directory.workspace_id}: {self._launched.describe()}")
+        self.on_progress(f"{directory.workspace_id}: {launched.describe()}")
+        return launched
 
-    def _wait_ready(self, spec: Spec, *, in_slurm: bool) -> Record:
-        """The record, once it says ready. Looks at the directory first, and asks Slurm every 2 s."""
+    def _wait_ready(self) -> Record:
         # Its import takes as long as a good part of the start: do it while the node is busy.
         from hpc_workspace import client as _client  # noqa: F401
 
-        directory, launched = self._require_dir(), self._launched
-        assert launched is not None
-        began = clock.Deadline(None)
-        queue = clock.Deadline(self.options.queue_timeout)
-        said = launched.describe()
-        for pause_s in clock.pauses_s(*(_SLURM_LOOK_S if in_slurm else _LOCAL_LOOK_S)):
-            if (record := _ready_record(directory, spec)) is not None:
-                self.phases_s["wait"] = began.elapsed_s
-                return record
-            if (end := launched.find_end()) is not None:
-                clock.sleep(_LAST_LOOK_S if in_slurm else 0.0)
-                _ready_record(directory, spec)
-                raise end
-            if launched.is_pending() and queue.is_over:
-                raise QueueTimeoutError(
-                    f"Slurm job {launched.job_id} was still in the queue after {queue.timeout_s:g} s.",
-                    job_id=launched.job_id or "",
-                    evidence=launched.describe(),
-                    remedy="Raise queue_timeout, ask for less, or choose another partition.",
-                )
-            if launched.describe() != said:
-                said = launched.describe()
-                self.on_progress(f"{directory.workspace_id}: {said}")
-            clock.sleep(pause_s)
-        raise AssertionError("pauses never end")
+        began_s = clock.now_s()
+        record = self._require_link().wait_ready()
+        self.phases_s["wait"] = clock.now_s() - began_s
+        return record
 
     def _make_working_dir(self) -> None:
         """The bundled server makes it itself; OpenHands' runs commands where it is told, if that exists."""
@@ -698,34 +583,13 @@ class ApptainerWorkspace(Workspace):
 
     def _undo_start(self) -> None:
         """Leave nothing running after a failed start."""
-        launched = self._launched
-        if launched is not None:
-            told = self._record is not None and self._route is not None and self._end_through_door()
-            self._disconnect()
-            if not told and launched.find_end() is None:
-                _end_from_outside(launched)
-            launched.wait_gone(_END_TIMEOUT_S)
+        self._let_go()
+        if self._link is not None:
+            self._link.end()
             self._require_dir().forget_secrets()
-            self._launched = None
-        else:
-            self._disconnect()
-            if self._directory is not None:
-                self._directory.remove()
-        self._record = None
-
-
-class _Closable(Protocol):
-    def close(self) -> object: ...
-
-
-def _close_quietly(part: _Closable | None) -> None:
-    """Close what may be broken already: a connection to a node that is gone can't be closed in good order."""
-    if part is None:
-        return
-    try:
-        part.close()
-    except (OSError, EOFError) as error:
-        log.debug("%r was not closed in good order: %s", part, error)
+            self._link = None
+        elif self._directory is not None:
+            self._directory.remove()
 
 
 def _from_options(kind: type[ApptainerWorkspace], options: dict[str, Any]) -> ApptainerWorkspace:
@@ -743,60 +607,11 @@ def _require_directory(workspace_id: str) -> WorkspaceDirectory:
     )
 
 
-def _require_running(directory: WorkspaceDirectory, record: Record) -> None:
-    if record.failure is not None:
-        raise _as_error(record)
-    if record.is_final:
-        raise RendezvousStaleError(f"Workspace {record.workspace_id} has ended: {record.exit_reason}.")
-    age_s = directory.heartbeat_age_s()
-    if age_s is None or age_s > _STALE_S:
-        raise RendezvousStaleError(
-            f"Workspace {record.workspace_id} on {record.node} gave no sign of life for {age_s or 0:.0f} s.",
-            evidence=f"Its record says {record.state}; see {directory.node_log}.",
-            remedy="Its node or job has probably died: start a new one.",
-        )
-
-
-def _ready_record(directory: WorkspaceDirectory, spec: Spec) -> Record | None:
-    """The record of this launch, once it is ready.
-
-    Raises:
-        WorkspaceError: the node program says that it failed, or ended.
-    """
-    record = directory.read_record()
-    if record is None or record.launch_id != spec.launch_id:
-        return None
-    if record.failure is not None:
-        raise _as_error(record)
-    if record.is_final:
-        raise ContainerError(
-            f"Workspace {record.workspace_id} ended on {record.node} before it was used: {record.exit_reason}."
-        )
-    return record if record.state == "ready" else None
-
-
-def _as_error(record: Record) -> WorkspaceError:
-    """The node program's failure as an error of this process."""
-    failure = record.failure
-    assert failure is not None
-    kind = getattr(errors, failure.kind, WorkspaceError)
-    if not (isinstance(kind, type) and issubclass(kind, WorkspaceError)):
-        kind = WorkspaceError
-    return kind(failure.what, evidence=failure.evidence, remedy=failure.remedy)
-
-
 def _attached(directory: WorkspaceDirectory, record: Record) -> Launched:
     from hpc_workspace.launch.local import LocalAttached
     from hpc_workspace.launch.slurm import SlurmLaunched
 
     return LocalAttached(record) if record.job_id is None else SlurmLaunched(directory, record.job_id, "")
-
-
-def _end_from_outside(launched: Launched) -> None:
-    try:
-        launched.end()
-    except SchedulerUnavailableError as error:
-        log.warning("%s", error)
 
 
 def _note_closed(workspace: Workspace) -> None:

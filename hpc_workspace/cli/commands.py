@@ -13,6 +13,7 @@ import click
 
 from hpc_workspace.cli import EXIT_TIMEOUT
 from hpc_workspace.cli.images import images
+from hpc_workspace.cli.waiting import Waiting
 from hpc_workspace.version import __version__
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def _workspace_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--mem", help="Slurm: memory, such as 4G."),
             click.option("--gres", help="Slurm: generic resources, such as gpu:1."),
             click.option("--python", help="Slurm: the interpreter on the node."),
+            click.option(
+                "--requeue", is_flag=True, default=None, help="Slurm: start it anew after a node failure or preemption."
+            ),
             click.option("--setup", multiple=True, help="Slurm: a line of shell before the start; repeatable."),
             click.option("--dry-run", is_flag=True, help="Print what would be run, sbatch and script; run nothing."),
         ]
@@ -56,7 +60,7 @@ def _workspace_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-_SLURM_NAMES = ("partition", "time", "account", "cpus_per_task", "mem", "gres", "python")
+_SLURM_NAMES = ("partition", "time", "account", "cpus_per_task", "mem", "gres", "python", "requeue")
 
 
 def _make_workspace(values: dict[str, Any]) -> ApptainerWorkspace:
@@ -86,6 +90,17 @@ def _make_workspace(values: dict[str, Any]) -> ApptainerWorkspace:
     return workspace
 
 
+def _start_workspace(values: dict[str, Any]) -> ApptainerWorkspace:
+    """The workspace that the options ask for, once it can be used. What is waited for is shown."""
+    workspace = _make_workspace(values)
+    lines = workspace.on_progress
+    with Waiting() as waiting:
+        workspace.on_progress = waiting.say
+        workspace.start()
+    workspace.on_progress = lines
+    return workspace
+
+
 @cli.command()
 @_workspace_options
 @click.option("--timeout", type=float, help="Seconds for the command; none by default.")
@@ -99,7 +114,7 @@ def run(command: tuple[str, ...], timeout: float | None, **options: Any) -> None
     hpc-workspace run --slurm -p cpu -t 5 --image python.sif -- 'hostname; id -un'
     """
     line = command[0] if len(command) == 1 else shlex.join(command)
-    with _make_workspace(options) as workspace:
+    with _start_workspace(options) as workspace:
         code = _print_stream(workspace.stream_command(line, timeout=timeout))
     sys.exit(code)
 
@@ -137,7 +152,7 @@ def up(**options: Any) -> None:
     \b
     id=$(hpc-workspace up --slurm -p cpu -t 60 --image python.sif)
     """
-    workspace = _make_workspace(options).start()
+    workspace = _start_workspace(options)
     click.echo(workspace.detach())
 
 

@@ -7,6 +7,7 @@ without them every small request waits some 43 ms for a delayed ACK.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import logging
 import socket
@@ -46,7 +47,7 @@ _shared_lock = threading.Lock()
 
 
 class _ChannelStream:
-    """A channel as a `Stream`."""
+    """A channel as a `Stream`. paramiko says EOFError of a connection that is gone, and means an OSError."""
 
     def __init__(self, channel: paramiko.Channel) -> None:
         self._channel = channel
@@ -55,7 +56,10 @@ class _ChannelStream:
         return self._channel.recv(size)
 
     def sendall(self, data: bytes) -> None:
-        self._channel.sendall(data)
+        try:
+            self._channel.sendall(data)
+        except EOFError as error:
+            raise BrokenPipeError("the SSH connection is gone") from error
 
     def settimeout(self, timeout_s: float | None) -> None:
         self._channel.settimeout(timeout_s)
@@ -64,7 +68,8 @@ class _ChannelStream:
         return bool(self._channel.recv_ready() or self._channel.closed or self._channel.eof_received)
 
     def close(self) -> None:
-        self._channel.close()
+        with contextlib.suppress(EOFError, OSError):
+            self._channel.close()
 
 
 class ParamikoRoute:
@@ -102,7 +107,7 @@ class ParamikoRoute:
                 if refused
                 else "The workspace has probably ended: see exit_reason in its record.json.",
             ) from error
-        except (paramiko.SSHException, OSError) as error:
+        except (paramiko.SSHException, OSError, EOFError) as error:
             raise TunnelError(
                 f"The SSH connection to {self._record.node} broke.", node=self._record.node, evidence=str(error)
             ) from error
@@ -179,7 +184,7 @@ def _connect(node: str, settings: dict[str, Any]) -> paramiko.SSHClient:
         client.exec_command("true")[1].channel.recv_exit_status()
     except BaseException as error:
         client.close()
-        if isinstance(error, (paramiko.SSHException, OSError)):
+        if isinstance(error, (paramiko.SSHException, OSError, EOFError)):
             raise _ssh_error(node, settings, error) from error
         raise
     return client

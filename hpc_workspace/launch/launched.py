@@ -12,13 +12,21 @@ class Launched(Protocol):
 
     Guarantees: `find_end` returns None while it runs or while nobody knows, and else an error that says how it ended;
     it never blocks for longer than one question to Slurm. `end` asks for the end from outside the door. `wait_gone`
-    is true once nothing of it runs any more. `describe` is a line for a person who waits.
+    is true once nothing of it runs any more. `describe` is a line for a person who waits. `has_left` is whether the
+    life of its job that ran on `node` is over and the job is not: it waits again, or runs elsewhere. Without a job
+    there is one life only.
+
+    Attributes:
+        job_id: Slurm's; None without Slurm.
+        was_ready: whether its workspace has been used; set by who uses it, and part of what an end is called.
     """
 
     job_id: str | None
+    was_ready: bool
 
     def find_end(self) -> WorkspaceError | None: ...
     def is_pending(self) -> bool: ...
+    def has_left(self, node: str) -> bool: ...
     def end(self) -> None: ...
     def wait_gone(self, timeout_s: float) -> bool: ...
     def describe(self) -> str: ...

@@ -45,6 +45,7 @@ class LocalLaunched:
     """A node program that this process started."""
 
     job_id: str | None = None
+    was_ready = False
 
     def __init__(self, directory: WorkspaceDirectory, child: processes.Child) -> None:
         self._directory = directory
@@ -60,6 +61,9 @@ class LocalLaunched:
         )
 
     def is_pending(self) -> bool:
+        return False
+
+    def has_left(self, node: str) -> bool:
         return False
 
     def end(self) -> None:
@@ -80,8 +84,8 @@ def _reap(directory: WorkspaceDirectory) -> None:
 
     If only the warden was, the node program is about to end by itself, and to say so in the record.
     """
-    with contextlib.suppress(RendezvousError, FileNotFoundError):
-        if directory.wait_final_record(_LAST_WORD_S) is not None:
+    with contextlib.suppress(RendezvousError):
+        if directory.wait_record(lambda record: record.is_final, timeout_s=_LAST_WORD_S) is not None:
             return
     with directory.node_log.open("ab") as log:
         log.write(b"the node program was killed: reaping\n")
@@ -93,6 +97,7 @@ class LocalAttached:
     """A node program of this machine that another process started, known by its record."""
 
     job_id: str | None = None
+    was_ready = False
 
     def __init__(self, record: Record) -> None:
         self._record = record
@@ -107,6 +112,9 @@ class LocalAttached:
         return ContainerError(f"The node program of workspace {self._record.workspace_id} has ended.")
 
     def is_pending(self) -> bool:
+        return False
+
+    def has_left(self, node: str) -> bool:
         return False
 
     def end(self) -> None:

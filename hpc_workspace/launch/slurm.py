@@ -29,6 +29,9 @@ from hpc_workspace.rendezvous import WorkspaceDirectory
 _TEMPLATE = "workspace.sbatch.j2"
 _QUESTION_TIMEOUT_S = 45.0
 _ASK_AGAIN_S = 2.0
+# Accounting only adds to what squeue says, and asking it often has brought whole clusters to a stand.
+_ASK_ACCOUNTING_AGAIN_S = 10.0
+_ACCOUNTING_TIMEOUT_S = 5.0
 # A question to a silent controller takes 18 s (squeue of Slurm 24.11) or until our time-out.
 _SILENCE_S = 5.0
 _LOST_AFTER_S = 90.0
@@ -41,8 +44,12 @@ def find_template(path: str | None) -> Path:
         ConfigError: the user's own is not there.
     """
     if path is not None:
-        own = Path(path).expanduser()
-        if not own.is_file():
+        try:
+            own = Path(path).expanduser()
+            is_file = own.is_file()
+        except (OSError, RuntimeError) as error:  # a name that is too long, a home that is not known
+            raise ConfigError(f"SlurmOptions: template {path}: {error}.", option="template") from error
+        if not is_file:
             raise ConfigError(f"SlurmOptions: template {path} is not a file.", option="template")
         return own
     package = Path(str(importlib.resources.files("hpc_workspace")))
@@ -65,12 +72,14 @@ def render_batch_script(template: Path, *, options: SlurmOptions, directory: str
     )
     environment.filters["quote"] = shlex.quote
     try:
-        return environment.from_string(template.read_text()).render(
+        return environment.from_string(template.read_text(encoding="utf-8")).render(
             python=options.python or sys.executable, directory=directory, setup=options.setup
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program: it can raise anything
         raise ConfigError(
-            f"The batch script template {template} is broken.", option="template", evidence=str(error)
+            f"The batch script template {template} is broken.",
+            option="template",
+            evidence=f"{type(error).__name__}: {error}",
         ) from error
 
 
@@ -98,7 +107,7 @@ def make_submission(directory: WorkspaceDirectory, options: SlurmOptions) -> Sub
         name=job_name(directory),
         directory=str(directory.path),
         script=str(directory.batch_script),
-        log=str(directory.node_log),
+        log=directory.node_log.name,
         exported=[name for name in slurm_commands.EXPORTED if name in os.environ],
     )
     return Submission(script, argv)
@@ -163,8 +172,8 @@ def _find_queued(name: str, said: str) -> str:
     return found[0]
 
 
-def _ask_slurm(argv: Sequence[str]) -> processes.Completed:
-    return processes.run(argv, timeout_s=_QUESTION_TIMEOUT_S, env=slurm_commands.strip_environment(os.environ))
+def _ask_slurm(argv: Sequence[str], timeout_s: float = _QUESTION_TIMEOUT_S) -> processes.Completed:
+    return processes.run(argv, timeout_s=timeout_s, env=slurm_commands.strip_environment(os.environ))
 
 
 def job_name(directory: WorkspaceDirectory) -> str:
@@ -221,11 +230,7 @@ os.register_at_fork(after_in_child=view.forget)
 
 
 class SlurmLaunched:
-    """A node program in a job, submitted by this process or another.
-
-    Attributes:
-        was_ready: whether its workspace has been used; set by who uses it, and part of what an end is called.
-    """
+    """A node program in a job, submitted by this process or another; see `Launched`."""
 
     def __init__(self, directory: WorkspaceDirectory, job_id: str, python: str) -> None:
         self.job_id: str | None = job_id
@@ -245,7 +250,12 @@ class SlurmLaunched:
         """
         if self._last.is_final:
             return self._last
-        found = view.status(self._job, max_age_s=max_age_s) or self._ask_accounting()
+        found = view.status(self._job, max_age_s=max_age_s)
+        if found is None or found.state == "CANCELLED":
+            # squeue forgets a job, and never says by whom it was cancelled. Accounting that missed a job's end calls it
+            # RUNNING for ever: that is no knowledge.
+            told = self._ask_accounting()
+            found = told if told is not None and told.is_final else found
         if found is not None:
             self._last, self._missing = found, None
             return found
@@ -253,14 +263,14 @@ class SlurmLaunched:
         return JobStatus(self._job, "LOST", self._last.node) if self._missing.is_over else self._last
 
     def _ask_accounting(self) -> JobStatus | None:
-        if self._accounting_asked is not None and self._accounting_asked.elapsed_s < _ASK_AGAIN_S:
+        if self._accounting_asked is not None and not self._accounting_asked.is_over:
             return None
         if processes.find_program("sacct") is None:
             return None
-        self._accounting_asked = clock.Deadline(None)
+        self._accounting_asked = clock.Deadline(_ASK_ACCOUNTING_AGAIN_S)
         argv = slurm_commands.build_sacct_argv(self._job)
         try:
-            ended = _ask_slurm(argv)
+            ended = _ask_slurm(argv, timeout_s=_ACCOUNTING_TIMEOUT_S)
         except processes.ProgramTimeoutError:
             return None
         return slurm_commands.parse_sacct(ended.stdout) if ended.returncode == 0 else None
@@ -277,12 +287,19 @@ class SlurmLaunched:
     def is_pending(self) -> bool:
         return self._last.is_waiting
 
+    def has_left(self, node: str) -> bool:
+        """By the last answer that there was: `find_end` asks for a new one."""
+        status = self._last
+        return status.is_waiting or (status.state == "RUNNING" and status.node not in ("", node))
+
     def end(self) -> None:
-        """Cancel the job.
+        """Cancel the job, unless it is known to have ended.
 
         Raises:
             SchedulerUnavailableError: Slurm does not answer; the job may still run.
         """
+        if self._last.is_final:
+            return
         argv = slurm_commands.build_scancel_argv(self._job)
         try:
             ended = _ask_slurm(argv)

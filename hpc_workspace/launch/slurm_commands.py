@@ -74,6 +74,7 @@ def build_sbatch_argv(
     """The argv that submits `script`. Every option of the user's is on argv and none in the script's text.
 
     Args:
+        log: its name in `directory`.
         name: the job's name, unique, so that it can be found after a submit that timed out.
         exported: names of variables that reach the job.
     """
@@ -82,15 +83,16 @@ def build_sbatch_argv(
         "--parsable",
         f"--job-name={name}",
         f"--chdir={directory}",
-        # A % in a file name is a pattern; doubled it is itself (sbatch(1), FILENAME PATTERN).
-        f"--output={log.replace('%', '%%')}",
+        # Relative to --chdir: in a path, Slurm would take % for a pattern and drop every backslash.
+        f"--output={log}",
         "--open-mode=append",
         f"--export={','.join(exported) or 'NIL'}",
-        "--no-requeue",
         "--nodes=1",
         "--ntasks=1",
         "--signal=B:USR1@120",
     ]
+    if not options.requeue:
+        argv.append("--no-requeue")
     return [*argv, *(_flag(option, value) for option, value in named_options(options).items()), script]
 
 

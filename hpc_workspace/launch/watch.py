@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Protocol
-
-from hpc_workspace.errors import WorkspaceError
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +20,16 @@ _AT_REST_S = 30.0
 
 
 class Watched(Protocol):
-    """What is watched: `find_end` is as in `Launched`, and never older than 30 s."""
+    """What is watched. `find_news` gives what is to be done about something that happened, and None if nothing did;
+    it is quick, and what it goes by is never older than 30 s."""
 
-    def find_end(self) -> WorkspaceError | None: ...
+    def find_news(self) -> Callable[[], None] | None: ...
 
 
 class Watch:
-    """Watches over any number of launched node programs, with one thread that lives while there are any.
+    """Watches over any number of workspaces' jobs, with one thread that lives while there are any.
+
+    It keeps none of them alive: one that nobody holds any more is not watched any more.
 
     Args:
         at_rest_s: between two looks.
@@ -39,25 +41,25 @@ class Watch:
 
     def forget(self) -> None:
         """Watch nothing any more. A child does so after a fork: it has no such thread, and its lock may be held."""
-        # Reentrant: a workspace that is collected removes itself, in whatever thread the collector runs, this one too.
-        self._lock = threading.RLock()
-        self._watched: dict[Watched, Callable[[WorkspaceError], None]] = {}
+        self._lock = threading.Lock()
+        self._watched: weakref.WeakSet[Watched] = weakref.WeakSet()
+        self._busy: weakref.WeakSet[Watched] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._changed = threading.Event()
 
-    def add(self, launched: Watched, on_end: Callable[[WorkspaceError], None]) -> None:
-        """Call `on_end` once, from a thread of its own, when `launched` has ended; unless it is removed before."""
+    def add(self, watched: Watched) -> None:
+        """Look after it until it is removed, and do what its news ask for, in a thread of their own."""
         with self._lock:
-            self._watched[launched] = on_end
+            self._watched.add(watched)
             if self._thread is None:
                 self._changed.clear()
                 self._thread = threading.Thread(target=self._run, name="job watch", daemon=True)
                 self._thread.start()
 
-    def remove(self, launched: Watched) -> None:
+    def remove(self, watched: Watched) -> None:
         """Stop watching it; nothing happens if it is not watched."""
         with self._lock:
-            self._watched.pop(launched, None)
+            self._watched.discard(watched)
             if not self._watched:
                 self._changed.set()
 
@@ -69,23 +71,27 @@ class Watch:
                     self._thread = None
                     return
                 self._changed.clear()  # the last one went, and another came before we woke
-                watched = list(self._watched.items())
-            for launched, on_end in watched:
-                self._look(launched, on_end)
+            self._look()
 
-    def _look(self, launched: Watched, on_end: Callable[[WorkspaceError], None]) -> None:
+    def _look(self) -> None:
+        for watched in list(self._watched):
+            if watched in self._busy:
+                continue
+            try:
+                act = watched.find_news()
+            except Exception:
+                log.debug("the watch learned nothing", exc_info=True)
+                continue
+            if act is not None:
+                # On its own: closing a connection to a node that is gone may take long, and the others are waiting.
+                self._busy.add(watched)
+                threading.Thread(target=self._act, args=(watched, act), name="job news", daemon=True).start()
+
+    def _act(self, watched: Watched, act: Callable[[], None]) -> None:
         try:
-            error = launched.find_end()
-        except Exception:
-            log.debug("the watch learned nothing", exc_info=True)
-            return
-        if error is None:
-            return
-        with self._lock:
-            was_watched = self._watched.pop(launched, None) is not None
-        if was_watched:
-            # On its own: closing a connection to a node that is gone may take long, and the others are waiting.
-            threading.Thread(target=on_end, args=(error,), name="job ended", daemon=True).start()
+            act()
+        finally:
+            self._busy.discard(watched)
 
 
 watch = Watch()

@@ -41,12 +41,25 @@ class DetachRequested:
 
 
 @dataclass(frozen=True)
+class Superseded:
+    """The job runs elsewhere, in a later life: the controller had lost this node."""
+
+
+@dataclass(frozen=True)
 class LauncherGone:
     """The process that launched this one on the same machine is dead, or let go."""
 
 
 class EndedEarly(Exception):
-    """The end was asked for before the workspace was ready. The message says by whom."""
+    """The end was asked for before the workspace was ready. The message says by whom.
+
+    Args:
+        by_client: and not by a signal, which may be that of a job that is requeued.
+    """
+
+    def __init__(self, reason: str, *, by_client: bool) -> None:
+        super().__init__(reason)
+        self.by_client = by_client
 
 
 def require_no_end(event: object | None) -> None:
@@ -56,8 +69,8 @@ def require_no_end(event: object | None) -> None:
         EndedEarly: it does.
     """
     if isinstance(event, EndRequested):
-        raise EndedEarly("ended by its client before it was ready")
+        raise EndedEarly("ended by its client before it was ready", by_client=True)
     if isinstance(event, LauncherGone):
-        raise EndedEarly("its client was gone before it was ready")
+        raise EndedEarly("its client was gone before it was ready", by_client=True)
     if isinstance(event, Signalled) and event.number != signal.SIGUSR1:
-        raise EndedEarly(f"{signal.Signals(event.number).name} before it was ready")
+        raise EndedEarly(f"{signal.Signals(event.number).name} before it was ready", by_client=False)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_workspace import clock, procfs, teardown
-from hpc_workspace.errors import WorkspaceError
+from hpc_workspace.errors import RendezvousStaleError, WorkspaceError
 from hpc_workspace.node import leftovers, server
 from hpc_workspace.node.door import Door
 from hpc_workspace.node.events import (
@@ -31,6 +31,7 @@ from hpc_workspace.node.events import (
     LeasesChanged,
     ServerDied,
     Signalled,
+    Superseded,
 )
 from hpc_workspace.node.identity import Family, NotOursError
 from hpc_workspace.node.plan import Ingredients
@@ -46,6 +47,7 @@ HEARTBEAT_S = 30.0
 # A client that was killed between the launch and its first lease must not leave a workspace behind.
 FIRST_LEASE_S = 120.0
 _UNANSWERED_LOOKS_MAX = 60
+_LEFT_SAID_MAX = 100
 # A TERM that comes this near to the time limit is the limit's.
 _AT_LIMIT_S = 30.0
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -75,6 +77,7 @@ class NodeProgram:
         self._unanswered_looks = 0
         self._launcher_gone = False
         self._ends_with_lease = self.spec.ends_with_lease
+        self._may_live_again = False
 
     def run(self) -> int:
         """Live the workspace's whole life. Returns the exit code: 0 unless it failed."""
@@ -91,6 +94,7 @@ class NodeProgram:
             reason = self._watch()
         except EndedEarly as early:
             reason = str(early)
+            self._may_live_again = self.spec.may_restart and not early.by_client
         except WorkspaceError as error:
             state, reason, failure = "failed", error.what, _as_failure(error)
             log.error("failed: %s", error)
@@ -177,7 +181,12 @@ class NodeProgram:
                 return "closed by its client"
             case Signalled(signal.SIGUSR1):
                 self._announce_time_limit()
+            case Superseded():
+                self._may_live_again = True
+                return "a later life of the job has taken over"
             case Signalled(number):
+                # Whether it is cancelled or requeued only Slurm knows.
+                self._may_live_again = self.spec.may_restart
                 left_s = self._time_left_s()
                 at_limit = left_s is not None and left_s < _AT_LIMIT_S
                 return "the job's time limit" if at_limit else f"got {signal.Signals(number).name}"
@@ -244,7 +253,12 @@ class NodeProgram:
         """Touch the heartbeat; returns when to do it next. A disk that is full or away for a while is survived."""
         teardown.reap_orphans(except_pid=self._child_pid)
         try:
+            if self.spec.may_restart:
+                self.directory.require_no_later_life(self._record("ready"))
             self.directory.touch_heartbeat()
+        except RendezvousStaleError as error:
+            log.warning("%s", error)
+            self._events.put(Superseded())
         except FileNotFoundError:
             # The directory was removed: nobody can find this workspace any more.
             self._events.put(EndRequested())
@@ -264,6 +278,9 @@ class NodeProgram:
         return child.pid if child else 0
 
     def _publish(self, state: State, reason: str | None = None, failure: Failure | None = None) -> None:
+        self.directory.publish(self._record(state, reason, failure))
+
+    def _record(self, state: State, reason: str | None = None, failure: Failure | None = None) -> Record:
         known: dict[str, Any] = {"time_left_s": self._time_left_s()}
         known |= {"phases_s": {name: round(seconds, 4) for name, seconds in self._phases_s.items()}}
         if self._door:
@@ -274,9 +291,7 @@ class NodeProgram:
             plan = self._running.plan
             known |= {"runtime": plan.runtime, "working_dir": plan.working_dir, "extra_ports": plan.extra_ports}
             known |= {"notices": self._running.notices}
-        self.directory.publish(
-            make_record(self.spec, self._owner, state=state, exit_reason=reason, failure=failure, **known)
-        )
+        return make_record(self.spec, self._owner, state=state, exit_reason=reason, failure=failure, **known)
 
     def _end(self, state: State, reason: str, failure: Failure | None) -> int:
         """Leave nothing behind, then say how it ended."""
@@ -293,7 +308,8 @@ class NodeProgram:
             log.error("left behind: %s", ", ".join(cleared.left))
             state, failure = "failed", left_behind(cleared.left, failure)
         try:
-            self.directory.forget_secrets()
+            if not self._may_live_again:
+                self.directory.forget_secrets()
             self._publish(state, reason, failure)
         except (WorkspaceError, OSError) as error:
             log.error("the record can't be written: %s", error)
@@ -309,6 +325,7 @@ def make_record(spec: Spec, owner: Owner, *, state: State, **known: Any) -> Reco
         "socket": "",
         "runtime": spec.runtime,
         "working_dir": spec.working_dir,
+        "mount_dir": spec.mount_dir,
         "node_scratch": "",
     }
     return Record(
@@ -317,6 +334,7 @@ def make_record(spec: Spec, owner: Owner, *, state: State, **known: Any) -> Reco
         # One that was started on this machine, inside a job of somebody's own, is not that job.
         job_id=None if spec.ends_with_lease else os.environ.get("SLURM_JOB_ID"),
         restart_count=0 if spec.ends_with_lease else int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        may_restart=spec.may_restart,
         state=state,
         node=node_name(),
         owner=str(owner),
@@ -338,6 +356,8 @@ def time_limit_s(environment: Mapping[str, str]) -> float | None:
 
 def left_behind(left: list[str], before: Failure | None = None) -> Failure:
     """The failure of a workspace of which something could not be cleared away; `before` is one that it had already."""
+    if len(left) > _LEFT_SAID_MAX:  # the log has all; a record that is too large is not believed
+        left = [*left[:_LEFT_SAID_MAX], f"and {len(left) - _LEFT_SAID_MAX} more: see node.log"]
     return Failure(
         kind="ContainerError",
         what=f"{f'{before.what} And it' if before else f'The workspace on {node_name()}'} left something behind.",

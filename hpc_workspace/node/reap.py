@@ -31,7 +31,9 @@ def reap_this_node() -> Cleared:
         with contextlib.suppress(RendezvousError, OSError):
             record = directory.read_record()
             owner = Owner.parse(record.owner) if record is not None else None
-            if record is not None and owner is not None and not record.is_final and owner.fate() == "dead":
+            if record is None or owner is None or record.is_final or record.may_restart:
+                continue  # one that Slurm may requeue still needs its key
+            if owner.fate() == "dead":
                 _bury(directory, record)
                 cleared.removed.append(f"the key of {record.workspace_id}, which died unseen")
     return cleared

@@ -45,32 +45,36 @@ def main(path: Path) -> int:
     if child == 0:
         teardown.end_with_parent(warden_pid, signal.SIGTERM)
         return program.run()
+    passed_on: set[int] = set()
     for number in (*END_SIGNALS, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: _pass_on(child, number))
+        signal.signal(number, lambda number, _: _pass_on(child, number, passed_on))
     _, status = os.waitpid(child, 0)
     for number in (*END_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the child's id is free now, and what is left to do is the end
     code = os.waitstatus_to_exitcode(status)
-    if _has_said_how_it_ended(directory, program.spec):
+    if _has_said_how_it_ended(directory, program.spec, owner):
         return code
-    return _clear_up(directory, program.spec, owner, code)
+    # Whether Slurm's signal was the end of the job, or of one of its lives, only Slurm knows.
+    may_live_again = program.spec.may_restart and not passed_on.isdisjoint(END_SIGNALS)
+    return _clear_up(directory, program.spec, owner, code, may_live_again=may_live_again)
 
 
-def _pass_on(child: int, number: int) -> None:
+def _pass_on(child: int, number: int, passed_on: set[int]) -> None:
+    passed_on.add(number)
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, number)
 
 
-def _has_said_how_it_ended(directory: WorkspaceDirectory, spec: Spec) -> bool:
+def _has_said_how_it_ended(directory: WorkspaceDirectory, spec: Spec, owner: Owner) -> bool:
     try:
         record = directory.read_record()
     except (RendezvousError, OSError) as error:
         log.warning("the record can't be read: %s", error)
         return False
-    return record is not None and record.launch_id == spec.launch_id and record.is_final
+    return record is not None and record.launch_id == spec.launch_id and record.owner == str(owner) and record.is_final
 
 
-def _clear_up(directory: WorkspaceDirectory, spec: Spec, owner: Owner, code: int) -> int:
+def _clear_up(directory: WorkspaceDirectory, spec: Spec, owner: Owner, code: int, *, may_live_again: bool) -> int:
     """Do what the node program could not do any more: end everything, remove everything, say so in the record."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     log.error("the node program %s: clearing up after it", how)
@@ -88,7 +92,8 @@ def _clear_up(directory: WorkspaceDirectory, spec: Spec, owner: Owner, code: int
         log.error("left behind: %s", ", ".join(cleared.left))
         failure = left_behind(cleared.left, failure)
     try:
-        directory.forget_secrets()
+        if not may_live_again:
+            directory.forget_secrets()
         directory.publish(_final_record(directory, spec, owner, failure))
     except (WorkspaceError, OSError) as error:
         log.error("the record can't be written: %s", error)
@@ -102,6 +107,6 @@ def _final_record(directory: WorkspaceDirectory, spec: Spec, owner: Owner, failu
         known = directory.read_record()
     except (RendezvousError, OSError):
         known = None
-    if known is not None and known.launch_id == spec.launch_id:
+    if known is not None and known.owner == str(owner):
         return known.model_copy(update={"state": "failed", **end})
     return make_record(spec, owner, state="failed", **end)

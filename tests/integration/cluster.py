@@ -76,11 +76,16 @@ class Cluster:
         self._repo = repo
         self._program = str(repo / "tests/cluster/cluster")
         self._was_up = False
+        self._is_anew = False
 
-    def bring_up(self) -> None:
-        """Cluster, images and the built wheel; each step only as far as it is missing."""
-        self._was_up = json.loads(self.call("status", "--json").stdout)["up"]
-        self.call("up")
+    def bring_up(self, *, accounting: bool = False) -> None:
+        """Cluster, images and the built wheel; each step only where it is missing. With accounting it starts anew."""
+        status = json.loads(self.call("status", "--json").stdout)
+        self._was_up = status["up"]
+        if accounting and not (status["up"] and status["accounting"]):
+            self._is_anew = True
+            self.call("down")
+        self.call("up", *(["--accounting"] if accounting else []))
         self.call("images")
         with tempfile.TemporaryDirectory() as folder:
             argv = [sys.executable, "-m", "build", "--wheel", "--outdir", folder, str(self._repo)]
@@ -90,8 +95,11 @@ class Cluster:
         sys.stderr.write(f"\ncluster lane: {', '.join(versions.split(chr(10)))}\n")
 
     def leave(self) -> None:
-        if not self._was_up:
+        """Leave the cluster as it was."""
+        if self._is_anew or not self._was_up:
             self.call("down")
+        if self._is_anew and self._was_up:
+            self.call("up")
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """One command of the cluster's own; its failure is the test's."""

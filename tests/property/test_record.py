@@ -1,7 +1,8 @@
-"""The record under many writers and one reader: always whole, always one that somebody wrote; and never believed if not."""
+"""The record under many lives of a job and one reader: always whole, never an earlier life's again; not believed if not."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_workspace.errors import RendezvousCorruptError
+from hpc_workspace.errors import RendezvousCorruptError, RendezvousStaleError
 from hpc_workspace.record import Record, Spec
 from hpc_workspace.rendezvous import WorkspaceDirectory
 
@@ -23,7 +24,7 @@ SPEC = Spec(
 
 def _record(writer: int, number: int) -> Record:
     return Record(
-        workspace_id=SPEC.workspace_id, launch_id="l", job_id=str(writer), restart_count=number, state="ready",
+        workspace_id=SPEC.workspace_id, launch_id="l", job_id="7", restart_count=number, state="ready",
         node=f"n{writer}", port=1, socket="/s", owner="o", runtime="process", server="bundled", working_dir="/w",
         node_scratch="/t", started_at=0.0, notices=[f"{writer}/{number}"] * (number % 7 * 40),
     )  # fmt: skip
@@ -31,20 +32,24 @@ def _record(writer: int, number: int) -> Record:
 
 def _write(path: str, writer: int) -> None:
     for number in range(150):
-        WorkspaceDirectory(Path(path)).publish(_record(writer, number))
+        with contextlib.suppress(RendezvousStaleError):
+            WorkspaceDirectory(Path(path)).publish(_record(writer, number))
 
 
-def test_a_reader_never_sees_half_a_record(tmp_path: Path) -> None:
+def test_a_reader_never_sees_half_a_record_nor_an_earlier_life_again(tmp_path: Path) -> None:
     directory = WorkspaceDirectory.create(SPEC, "t", {})
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_write, args=(str(directory.path), n)) for n in range(3)]
     for writer in writers:
         writer.start()
     seen = 0
+    last = (0, 0)
     while any(writer.is_alive() for writer in writers):
         if (record := directory.read_record()) is not None:
             seen += 1
-            assert record == _record(int(record.job_id or 0), record.restart_count)
+            assert record == _record(int(record.node.removeprefix("n")), record.restart_count)
+            assert record.fence >= last
+            last = record.fence
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert seen > 10
     left = {name for name in os.listdir(directory.path) if name.startswith(".")}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hpc_workspace import ApptainerWorkspace, SlurmOptions
-from hpc_workspace.errors import ConfigError, JobEndedError, SchedulerUnavailableError, WorkspaceError
+from hpc_workspace.errors import ConfigError, SchedulerUnavailableError
 from hpc_workspace.launch import slurm
 from hpc_workspace.launch.reasons import explain_end, explain_pending
 from hpc_workspace.launch.slurm_commands import JobStatus, named_options
@@ -94,7 +97,7 @@ def test_a_dry_run_prints_sbatch_and_script_and_leaves_nothing(tmp_path: Path) -
     assert "'--partition=a b'" in first
     assert script[0] == "#!/bin/bash"
     assert "module load apptainer" in script
-    assert script[-1].startswith("exec '/shared/my venv/bin/python' -m hpc_workspace.node ")
+    assert script[-1].startswith("exec -- '/shared/my venv/bin/python' -m hpc_workspace.node ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,43 +123,84 @@ def test_the_sites_word_holds_where_the_user_says_nothing(tmp_path: Path, monkey
 
 
 class _Job:
-    """A job whose end is told by the test."""
+    """A job whose news are told by the test."""
 
     def __init__(self) -> None:
-        self.end: WorkspaceError | None = None
+        self.news: Callable[[], None] | None = None
         self.looks = 0
         self.looked_twice = threading.Event()
 
-    def find_end(self) -> WorkspaceError | None:
+    def find_news(self) -> Callable[[], None] | None:
         self.looks += 1
         if self.looks == 2:
             self.looked_twice.set()
         if self.looks == 1:
             raise SchedulerUnavailableError("silent")
-        return self.end
+        return self.news
 
 
-def test_the_watch_tells_of_an_end_once_and_of_silence_never() -> None:
+def test_the_watch_acts_on_news_and_never_on_silence() -> None:
     watch = Watch(at_rest_s=0.01)
     job, other = _Job(), _Job()
-    told: list[WorkspaceError] = []
+    acted: list[str] = []
     heard = threading.Event()
-    watch.add(other, told.append)
-    watch.add(job, lambda error: (told.append(error), heard.set()))
+    watch.add(other)
+    watch.add(job)
     assert job.looked_twice.wait(10)
-    assert told == []
-    job.end = JobEndedError("gone", state="NODE_FAIL")
+    assert acted == []
+
+    def act() -> None:
+        watch.remove(job)
+        acted.append("job")
+        heard.set()
+
+    job.news = act
     assert heard.wait(10)
-    assert told == [job.end]
     watch.remove(other)
-    other.end = JobEndedError("too late")
+    other.news = lambda: acted.append("other")
     seen = other.looks
-    watch.add(job, told.append)  # the thread has ended, or takes it on: either way it is watched again
-    heard.clear()
-    job.end = None
-    watch.remove(job)
+    watch.add(job)  # the thread has ended, or takes it on: either way it is watched again
     assert other.looks <= seen + 1
-    assert told == [told[0]]
+    watch.remove(job)
+    assert set(acted) == {"job"}
+
+
+def test_the_watch_leaves_one_alone_whose_news_are_being_acted_on() -> None:
+    watch = Watch(at_rest_s=0.01)
+    job, other = _Job(), _Job()
+    begun, done = threading.Event(), threading.Event()
+    times: list[int] = []
+
+    def act() -> None:
+        times.append(1)
+        begun.set()
+        done.wait(10)
+        watch.remove(job)
+
+    job.news = act
+    watch.add(job)
+    assert begun.wait(10)
+    watch.add(other)
+    assert other.looked_twice.wait(10)
+    assert times == [1]
+    done.set()
+    watch.remove(other)
+
+
+def test_the_watch_keeps_nobody_alive() -> None:
+    watch = Watch(at_rest_s=0.01)
+    job, other = _Job(), _Job()
+    watch.add(job)
+    watch.add(other)
+    assert other.looked_twice.wait(10)
+    gone = weakref.ref(job)
+    del job
+    seen = other.looks
+    while other.looks == seen:
+        threading.Event().wait(0.01)
+    gc.collect()
+    assert gone() is None
+    watch.remove(other)
 
 
 TERMED = """
@@ -187,9 +231,9 @@ def test_a_term_closes_what_is_open_unless_the_program_knows_better(how: str, co
 def test_a_watch_that_was_left_and_taken_up_again_rests_between_its_looks() -> None:
     watch = Watch(at_rest_s=3600)
     first, second = _Job(), _Job()
-    watch.add(first, lambda _: None)
+    watch.add(first)
     watch.remove(first)
-    watch.add(second, lambda _: None)
+    watch.add(second)
     thread = watch._thread
     assert thread is not None
     thread.join(0.2)
@@ -207,18 +251,3 @@ def test_a_silent_controller_is_asked_once_for_all_jobs(tmp_path: Path, monkeypa
         with pytest.raises(SchedulerUnavailableError):
             view.status(str(job))
     assert (tmp_path / "calls").read_text() == "x\n"
-
-
-def test_a_workspace_that_is_collected_while_the_watch_is_at_work_is_removed() -> None:
-    watch = Watch(at_rest_s=3600)
-    job = _Job()
-    watch.add(job, lambda _: None)
-
-    def collected_inside() -> None:
-        with watch._lock:  # as when the garbage collector runs in the watch's own thread
-            watch.remove(job)
-
-    thread = threading.Thread(target=collected_inside, daemon=True)
-    thread.start()
-    thread.join(10)
-    assert not thread.is_alive()

@@ -80,13 +80,13 @@ def test_every_error_pickles_whole() -> None:
 def test_options_reach_sbatch_as_argv_word_for_word(value: str) -> None:
     argv = slurm_commands.build_sbatch_argv(
         SlurmOptions(comment=value, exclusive=True, extra={"wckey": value, "spread-job": None}),
-        name="n", directory="/d", script="/d/s", log="/d/100%.log", exported=["HOME"],
+        name="n", directory="/d", script="/d/s", log="node.log", exported=["HOME"],
     )  # fmt: skip
     assert f"--comment={value}" in argv
     assert f"--wckey={value}" in argv
     assert "--exclusive" in argv
     assert "--spread-job" in argv
-    assert "--output=/d/100%%.log" in argv
+    assert "--output=node.log" in argv
     assert "--export=HOME" in argv
     assert argv[-1] == "/d/s"
 
@@ -114,7 +114,7 @@ def test_the_batch_script_is_this() -> None:
         "# One workspace of hpc-workspace. All options of the job are on sbatch's command line.",
         "module load apptainer",
         "# exec: Slurm signals the batch shell, which must be the node program itself.",
-        "exec /usr/bin/python3 -m hpc_workspace.node /d",
+        "exec -- /usr/bin/python3 -m hpc_workspace.node /d",
     ]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .net import ADDRESSES, COMPUTE, NODES
 
-CPUS = 16
-MEMORY_MB = 8000
+CPUS = 80
+MB_PER_CPU = 500
+MEMORY_MB = CPUS * MB_PER_CPU  # what `--exclusive` without a memory asks for
 CLUSTER_NAME = "box"
 REGISTRY_PORT = 5000
 
@@ -35,8 +36,11 @@ def sshd_config() -> str:
 def slurm_conf(*, cgroups: bool, accounting: bool) -> str:
     """/etc/slurm/slurm.conf. Source: slurm.conf(5), Slurm 24.11.
 
-    config_overrides: nodes may claim more CPUs than there are. batch_sched_delay=0, bf_interval=10: the defaults delay
-    a start by up to 3 s. SlurmdTimeout=30: a lost node is noticed within a test's patience.
+    config_overrides: nodes may claim more CPUs and memory than there are. batch_sched_delay=0, bf_interval=10: the
+    defaults delay a start by up to 3 s. SlurmdTimeout=30: a lost node is noticed within a test's patience. Jobs of
+    `high` preempt those of `low`, on the same nodes, and no others: a job with `--requeue` waits anew, one with
+    `--no-requeue` ends PREEMPTED. With accounting squeue forgets a job some 10 s after its end, as a busy site's does
+    after minutes.
     """
     nodes = ",".join(COMPUTE)
     lines = [
@@ -52,16 +56,18 @@ def slurm_conf(*, cgroups: bool, accounting: bool) -> str:
         "JobAcctGatherFrequency=10",
         "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_Core_Memory",
-        "DefMemPerCPU=500",
+        f"DefMemPerCPU={MB_PER_CPU}",
         "SchedulerType=sched/backfill",
         "SchedulerParameters=batch_sched_delay=0,bf_interval=10",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
         "LaunchParameters=use_interactive_step",
         "ReturnToService=2",
         "SlurmdParameters=config_overrides",
         "SlurmdTimeout=30",
         "SlurmctldTimeout=30",
         "KillWait=10",
-        "MinJobAge=300",
+        f"MinJobAge={2 if accounting else 300}",
         "PropagateResourceLimits=NONE",
         "StateSaveLocation=/var/spool/slurmctld",
         "SlurmdSpoolDir=/var/spool/slurmd",
@@ -74,8 +80,11 @@ def slurm_conf(*, cgroups: bool, accounting: bool) -> str:
         lines += ["AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageHost=login"]
     lines += [
         f"NodeName={nodes} CPUs={CPUS} Sockets=1 CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory={MEMORY_MB}",
-        f"PartitionName=cpu Nodes={nodes} Default=YES DefaultTime=01:00:00 MaxTime=1-00:00:00 State=UP",
-        f"PartitionName=debug Nodes={nodes} DefaultTime=00:10:00 MaxTime=00:30:00 State=UP",
+        "PartitionName=DEFAULT DefaultTime=01:00:00 PreemptMode=OFF State=UP",
+        f"PartitionName=cpu Nodes={nodes} Default=YES MaxTime=1-00:00:00",
+        f"PartitionName=debug Nodes={nodes} DefaultTime=00:10:00 MaxTime=00:30:00",
+        f"PartitionName=low Nodes={nodes} PriorityTier=1 PreemptMode=REQUEUE",
+        f"PartitionName=high Nodes={nodes} PriorityTier=10",
     ]
     return "\n".join(lines) + "\n"
 
