@@ -10,6 +10,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import secrets
@@ -17,7 +18,7 @@ import shlex
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import httpcore
 import httpx
@@ -25,7 +26,9 @@ import httpx
 from hpc_workspace import clock
 from hpc_workspace.connect.streams import Stream
 from hpc_workspace.errors import (
+    AuthError,
     CommandError,
+    HostKeyError,
     ServerNotReadyError,
     ServerResponseError,
     ServerUnavailableError,
@@ -34,6 +37,8 @@ from hpc_workspace.errors import (
     WorkspaceError,
 )
 from hpc_workspace.results import CommandResult, FileOperationResult, GitChange, GitDiff, OutputChunk
+
+log = logging.getLogger(__name__)
 
 # uvicorn drops an idle connection after 5 s (its default, which OpenHands' server keeps); leave well before it does.
 _KEEPALIVE_S = {"bundled": 45.0, "image": 2.5}
@@ -44,6 +49,15 @@ _UNAVAILABLE = 503
 _SERVER_ERROR = 500
 _COPY_BYTES = 1024 * 1024
 _POLLS_S = (0.01, 0.25)
+# How long a call tries again after its connection broke: an sshd restarts in seconds, a switch in a minute.
+_HEAL_S = 90.0
+_TRIES_S = (0.05, 2.0)
+# A server that hangs up on the same request again and again does not get better.
+_BREAKS_MAX = 5
+# How long a streamed command goes on alone: longer than its reader tries to come back.
+_LINGER_S = 120.0
+# How long after a broken connection a request that it carried may still turn up at the server.
+_TURN_UP_S = 2.0
 
 
 class _HttpStream(httpcore.NetworkStream):
@@ -154,8 +168,48 @@ def _no_tls() -> Any:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
+class _NotSentError(Exception):
+    """There was no connection, and nothing was sent; `reason` says why."""
+
+    def __init__(self, reason: WorkspaceError) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class _Patience:
+    """How long one call tries again after its connection broke. What can't pass by itself is not waited for."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """It goes on: the next break has all the time again."""
+        self._deadline: clock.Deadline | None = None
+        self._breaks = 0
+        self._pauses_s = clock.pauses_s(*_TRIES_S)
+
+    def wait(self, error: WorkspaceError) -> None:
+        """Wait a little, before the next try.
+
+        Raises:
+            WorkspaceError: `error`, if there is to be none.
+        """
+        self._deadline = self._deadline or clock.Deadline(_HEAL_S)
+        self._breaks += isinstance(error, (TunnelLostError, ServerUnavailableError))
+        may_pass = isinstance(error, (TunnelError, ServerUnavailableError))
+        if isinstance(error, (AuthError, HostKeyError)) or not may_pass:
+            raise error
+        if self._breaks > _BREAKS_MAX or self._deadline.is_over:
+            raise error
+        log.info("trying again: %s", error.what)
+        clock.sleep(next(self._pauses_s))
+
+
 class AgentServerClient:
     """Commands, files, git and health of one agent server.
+
+    A call whose connection breaks is sent again over a new one, for 90 s, if it does the same thing twice or the server
+    tells a repetition by its id: no command is ever run twice.
 
     Args:
         dial: gives a new stream to the server, through the door.
@@ -202,8 +256,65 @@ class AgentServerClient:
         body = self._command_body(command, cwd, timeout_s, env)
         began_s = clock.now_s()
         with _command_errors(command):
-            answer = self._json("POST", "/api/bash/execute_bash_command", json=body, timeout_s=timeout_s + _GRACE_S)
+            try:
+                answer = self._json(
+                    "POST",
+                    "/api/bash/execute_bash_command",
+                    json=body,
+                    timeout_s=timeout_s + _GRACE_S,
+                    is_repeatable=self._is_bundled,
+                )
+            except TunnelLostError as error:
+                answer = self._find_result(command, body["command"], error)
         return self._as_result(command, answer, timeout_s, clock.now_s() - began_s)
+
+    def _find_result(self, command: str, sent: str, broke: TunnelLostError) -> dict[str, Any]:
+        """The result of a command whose connection broke, from a server that knows no ids of ours: by its text.
+
+        Raises:
+            CommandError: it may or may not have reached the server.
+            TunnelLostError: the way is not mended in time.
+        """
+        if self._is_bundled:
+            raise broke
+        deadline = clock.Deadline(_TURN_UP_S)
+        params = {"kind__eq": "BashCommand", "sort_order": "TIMESTAMP_DESC"}
+        for pause_s in clock.pauses_s(*_POLLS_S):
+            page = self._json("GET", "/api/bash/bash_events/search", params=params)
+            for event in page["items"]:
+                if event.get("command") == sent:
+                    return self._collect(str(event["id"]))
+            if deadline.is_over:
+                break
+            clock.sleep(pause_s)
+        raise CommandError(
+            "The connection broke, and the agent server does not know the command: it may or may not run yet.",
+            command=command,
+            evidence=broke.evidence,
+        ) from broke
+
+    def _collect(self, command_id: str) -> dict[str, Any]:
+        """All that a command prints until it ends, and its exit code, as a server that streams nothing tells it."""
+        said = {"stdout": "", "stderr": ""}
+        for event in self._outputs(command_id):
+            for name in said:
+                said[name] += event.get(name) or ""
+            if event.get("exit_code") is not None:
+                return event | said
+        raise AssertionError("outputs end with an exit code")
+
+    def _outputs(self, command_id: str) -> Iterator[dict[str, Any]]:
+        """The output events of a command, in order, as they come; the last one has its exit code."""
+        order = -1
+        for pause_s in clock.pauses_s(*_POLLS_S):
+            params = {"command_id__eq": command_id, "kind__eq": "BashOutput", "order__gt": str(order)}
+            page = self._json("GET", "/api/bash/bash_events/search", params=params)
+            for event in page["items"]:
+                order = max(order, int(event["order"]))
+                yield event
+                if event.get("exit_code") is not None:
+                    return
+            clock.sleep(pause_s)
 
     def stream(
         self, command: str, *, cwd: str | None, timeout_s: float | None, env: dict[str, str] | None
@@ -212,32 +323,58 @@ class AgentServerClient:
         if not self._is_bundled:
             yield from self._poll(command, cwd, timeout_s, env)
             return
-        body = self._command_body(command, cwd, timeout_s, env) | {"kill_on_disconnect": True}
+        body = self._command_body(command, cwd, timeout_s, env) | {"linger_s": _LINGER_S}
         read_timeout = None if timeout_s is None else timeout_s + _GRACE_S
-        request = self.http.build_request(
-            "POST", "/api/bash/stream", json=body, timeout=httpx.Timeout(_ANSWER_TIMEOUT_S, read=read_timeout)
-        )
-        began_s = clock.now_s()
-        with _command_errors(command):
-            response = self._send(request, stream=True)
+        patience = _Patience()
+        has_ended = False
         try:
-            ended = False
+            while not has_ended:
+                try:
+                    for item in self._stream_on(command, body, read_timeout):
+                        patience.renew()
+                        has_ended = isinstance(item, CommandResult)
+                        if isinstance(item, OutputChunk):
+                            body[f"{item.stream}_from"] = body.get(f"{item.stream}_from", 0) + len(item.data)
+                        yield item
+                except (TunnelError, ServerUnavailableError) as error:
+                    patience.wait(error)
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):
+            self._stop(body["id"])
+            raise
+
+    def _stream_on(
+        self, command: str, body: dict[str, Any], read_timeout: float | None
+    ) -> Iterator[OutputChunk | CommandResult]:
+        """The rest of a stream, from where `body` says; the last item is the result.
+
+        Raises:
+            ServerUnavailableError: it broke off before.
+        """
+        began_s = clock.now_s()
+        timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, read=read_timeout)
+        with _command_errors(command):
+            response = self._send("POST", "/api/bash/stream", json=body, timeout=timeout, is_streamed=True)
+        try:
             for line in _lines(self._guarded(response.iter_raw(), began_s)):
                 event = _parse_json(line)
                 if "data_b64" in event:
-                    yield OutputChunk(stream=str(event["stream"]), data=base64.b64decode(event["data_b64"]))
+                    yield OutputChunk(stream=event["stream"], data=base64.b64decode(event["data_b64"]))
                 elif "exit_code" in event:
-                    ended = True
                     yield CommandResult(
                         command=command,
                         exit_code=int(event["exit_code"]),
                         timeout_occurred=bool(event.get("timeout_occurred")),
                     )
-            if not ended:
-                cut = CommandError("The stream of a command ended before the command did.", command=command)
-                raise self._explain(cut, began_s)
+                    return
+            cut = ServerUnavailableError("The stream of a command ended before the command did.")
+            raise self._explain(cut, began_s)
         finally:
             response.close()
+
+    def _stop(self, command_id: str) -> None:
+        """End a command that nobody wants any more. If that can't be told, the server ends it by itself later."""
+        with contextlib.suppress(WorkspaceError):
+            self._send("POST", f"/api/bash/bash_commands/{command_id}/stop", is_repeatable=False)
 
     def _poll(
         self, command: str, cwd: str | None, timeout_s: float | None, env: dict[str, str] | None
@@ -245,21 +382,14 @@ class AgentServerClient:
         """OpenHands' server streams nothing below 1 MiB: ask for what there is until there is an exit code."""
         body = self._command_body(command, cwd, 86400.0 if timeout_s is None else timeout_s, env)
         began_s = clock.now_s()
-        started = self._json("POST", "/api/bash/start_bash_command", json=body)
-        order = -1
-        for pause_s in clock.pauses_s(*_POLLS_S):
-            params = {"command_id__eq": str(started["id"]), "kind__eq": "BashOutput", "order__gt": str(order)}
-            page = self._json("GET", "/api/bash/bash_events/search", params=params)
-            for event in page["items"]:
-                order = max(order, int(event["order"]))
-                for name in ("stdout", "stderr"):
-                    if event.get(name):
-                        yield OutputChunk(stream=name, data=event[name].encode("utf-8", "surrogateescape"))
-                if event.get("exit_code") is not None:
-                    result = self._as_result(command, event, timeout_s or math.inf, clock.now_s() - began_s)
-                    yield result.model_copy(update={"stdout": "", "stderr": ""})
-                    return
-            clock.sleep(pause_s)
+        started = self._json("POST", "/api/bash/start_bash_command", json=body, is_repeatable=False)
+        for event in self._outputs(str(started["id"])):
+            for name in ("stdout", "stderr"):
+                if event.get(name):
+                    yield OutputChunk(stream=name, data=event[name].encode("utf-8", "surrogateescape"))
+            if event.get("exit_code") is not None:
+                result = self._as_result(command, event, timeout_s or math.inf, clock.now_s() - began_s)
+                yield result.model_copy(update={"stdout": "", "stderr": ""})
 
     def upload(self, source: Path, destination: str) -> FileOperationResult:
         """Copy a file of ours into the workspace, with its mode; memory does not grow with its size."""
@@ -268,10 +398,9 @@ class AgentServerClient:
         with source.open("rb") as file:
             if self._is_bundled:
                 params = {"path": path, "mode": f"{found.st_mode & 0o777:04o}", "mtime": repr(found.st_mtime)}
-                headers = {"Content-Length": str(found.st_size)}
-                self._json("PUT", "/api/file/raw", params=params, content=_chunks(file), headers=headers)
+                self._put(file, found.st_size, params)
             else:
-                self._json("POST", "/api/file/upload", params={"path": path}, files={"file": ("upload", file)})
+                self._upload_form(file, path)
                 self.execute(f"chmod {found.st_mode & 0o777:04o} {shlex.quote(path)}", cwd="/", timeout_s=30, env=None)
         return FileOperationResult(source_path=str(source), destination_path=path, file_size=found.st_size)
 
@@ -280,21 +409,43 @@ class AgentServerClient:
         path = self._absolute(destination)
         if self._is_bundled:
             # In pieces: one large buffer is sliced anew for every packet further down.
-            headers = {"Content-Length": str(len(data))}
-            params = {"path": path, "mode": f"{mode:04o}"}
-            self._json("PUT", "/api/file/raw", params=params, content=_chunks(io.BytesIO(data)), headers=headers)
+            self._put(io.BytesIO(data), len(data), {"path": path, "mode": f"{mode:04o}"})
         else:
-            self._json("POST", "/api/file/upload", params={"path": path}, files={"file": ("upload", data)})
+            self._upload_form(io.BytesIO(data), path)
         return FileOperationResult(source_path="", destination_path=path, file_size=len(data))
+
+    def _put(self, file: BinaryIO, size: int, params: dict[str, str]) -> None:
+        def content() -> dict[str, Any]:
+            file.seek(0)
+            return {"content": _chunks(file)}
+
+        self._send("PUT", "/api/file/raw", params=params, headers={"Content-Length": str(size)}, content_of=content)
+
+    def _upload_form(self, file: BinaryIO, path: str) -> None:
+        def content() -> dict[str, Any]:
+            file.seek(0)
+            return {"files": {"file": ("upload", file)}}
+
+        self._send("POST", "/api/file/upload", params={"path": path}, content_of=content)
 
     def download(self, source: str, destination: Path) -> FileOperationResult:
         """Copy a file of the workspace to ours, whole or not at all, with its mode where the server tells it."""
         path = self._absolute(source)
         destination.parent.mkdir(parents=True, exist_ok=True)
+        patience = _Patience()
+        while True:
+            try:
+                size = self._download_once(path, destination)
+            except (TunnelError, ServerUnavailableError) as error:
+                patience.wait(error)
+            else:
+                return FileOperationResult(source_path=path, destination_path=str(destination), file_size=size)
+
+    def _download_once(self, path: str, destination: Path) -> int:
+        """Copy a file whole or not at all. Returns its size in bytes."""
         aside = destination.parent / f".{destination.name}.{secrets.token_hex(6)}.part"
-        request = self.http.build_request("GET", "/api/file/download", params={"path": path})
         began_s = clock.now_s()
-        response = self._send(request, stream=True)
+        response = self._send("GET", "/api/file/download", params={"path": path}, is_streamed=True)
         size = 0
         try:
             descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -309,12 +460,11 @@ class AgentServerClient:
             raise
         finally:
             response.close()
-        return FileOperationResult(source_path=path, destination_path=str(destination), file_size=size)
+        return size
 
     def read(self, source: str) -> bytes:
         """The content of a file of the workspace."""
-        request = self.http.build_request("GET", "/api/file/download", params={"path": self._absolute(source)})
-        return self._send(request).content
+        return self._send("GET", "/api/file/download", params={"path": self._absolute(source)}).content
 
     def git_changes(self, path: str) -> list[GitChange]:
         """The changed files of the repository at `path`; empty where there is none."""
@@ -335,7 +485,9 @@ class AgentServerClient:
         if self._is_bundled:
             return {"id": str(uuid.uuid4()), "command": command, "cwd": where, "timeout": timeout_s, "env": env or {}}
         # OpenHands' server runs /bin/sh, takes whole seconds (0 means none at all), and gives its own stdin.
-        return {"command": wrap_command(command, where, env or {}), "timeout": max(1, math.ceil(timeout_s or 1))}
+        # The remark makes the text one of its kind: it is all that a command can be found by if its connection breaks.
+        line = f"{wrap_command(command, where, env or {})} # {uuid.uuid4()}"
+        return {"command": line, "timeout": max(1, math.ceil(timeout_s or 1))}
 
     def _as_result(self, command: str, answer: dict[str, Any], timeout_s: float, took_s: float) -> CommandResult:
         code = answer.get("exit_code")
@@ -367,30 +519,60 @@ class AgentServerClient:
     def _any(self, method: str, path: str, *, timeout_s: float | None = None, **options: Any) -> Any:
         if timeout_s is not None:
             options["timeout"] = httpx.Timeout(_ANSWER_TIMEOUT_S, read=timeout_s)
-        return _parse_json(self._send(self.http.build_request(method, path, **options)).content)
+        return _parse_json(self._send(method, path, **options).content)
 
-    def _send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
-        """The answer to `request`, if it is a good one.
+    def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        is_streamed: bool = False,
+        is_repeatable: bool = True,
+        content_of: Callable[[], dict[str, Any]] = dict,
+        **options: Any,
+    ) -> httpx.Response:
+        """The answer to a request, if it is a good one.
+
+        Args:
+            is_streamed: its body is read by the caller, who closes it.
+            is_repeatable: it may be sent again when the connection broke after a part of it was sent.
+            content_of: makes the request's body, once for each time that it is sent.
+            options: as `httpx.Client.build_request` takes them.
 
         Raises:
             ServerNotReadyError, ServerUnavailableError, ServerResponseError, TunnelError
         """
+        patience = _Patience()
+        while True:
+            began_s = clock.now_s()
+            request = self.http.build_request(method, path, **options, **content_of())
+            try:
+                return self._send_once(request, began_s, is_streamed=is_streamed)
+            except _NotSentError as error:
+                patience.wait(error.reason)
+            except (TunnelError, ServerUnavailableError) as error:
+                if not is_repeatable:
+                    raise
+                patience.wait(error)
+
+    def _send_once(self, request: httpx.Request, began_s: float, *, is_streamed: bool) -> httpx.Response:
         what = f"{request.method} {request.url.path}"
-        began_s = clock.now_s()
         try:
-            response = self.http.send(request, stream=stream)
+            response = self.http.send(request, stream=is_streamed)
         except (httpcore.TimeoutException, httpx.TimeoutException) as error:
             raise ServerNotReadyError(
                 f"{what}: the agent server did not answer in time.", evidence=str(error)
             ) from error
         except (httpcore.RemoteProtocolError, httpx.RemoteProtocolError) as error:
-            hung_up = ServerUnavailableError(f"{what}: the agent server hung up.", evidence=str(error))
+            hung_up = TunnelLostError(f"{what}: the connection ended before the answer.", evidence=str(error))
             raise self._explain(hung_up, began_s) from error
         except (httpcore.NetworkError, httpx.TransportError) as error:
             broke = TunnelLostError(f"{what}: the connection broke.", evidence=str(error))
             raise self._explain(broke, began_s) from error
-        except (TunnelError, ServerUnavailableError) as error:  # of the dial
+        except ServerUnavailableError as error:  # of the dial
             raise self._explain(error, began_s) from error.__cause__
+        except TunnelError as error:  # of the dial
+            raise _NotSentError(self._explain(error, began_s)) from error.__cause__
         if response.is_success:
             return response
         try:

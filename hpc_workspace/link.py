@@ -26,6 +26,7 @@ from hpc_workspace.errors import (
     SandboxRestarted,
     SchedulerUnavailableError,
     TunnelError,
+    TunnelLostError,
     WorkspaceError,
 )
 from hpc_workspace.exchange import Wish
@@ -81,6 +82,7 @@ class Link:
         self._lease: DoorStream | None = None
         self._lost: WorkspaceError | None = None
         self._untold: SandboxRestarted | None = None
+        self._is_between_lives = False
         self._closed = threading.Event()
         # Held by the one who finds out why something broke; the others wait for what comes of it.
         self._inquiry = threading.RLock()
@@ -197,7 +199,7 @@ class Link:
         if self._closed.is_set():
             raise self._closed_error()
         if route is None:
-            raise TunnelError(f"Workspace {record.workspace_id} is between two lives of its job.", node=record.node)
+            raise TunnelError(f"There is no way to workspace {record.workspace_id} at present.", node=record.node)
         return open_door(route, record.node, self.token, record.workspace_id, wish)
 
     def explain(self, error: WorkspaceError, since_s: float) -> WorkspaceError:
@@ -211,7 +213,7 @@ class Link:
                 self._untold = None
                 return self._restarted()
             if self._lost is not None or self._closed.is_set():
-                return self._lost or error
+                return self._lost or self._closed_error()
             if since_s < self._inquired_s:
                 return error
             try:
@@ -225,7 +227,7 @@ class Link:
         """The door says goodbye on the lease once all is gone and the record says why. If the node program itself was
         killed there is no goodbye, and its warden writes the record a moment later. A node that died says nothing."""
         record = self._require_record()
-        if self._route is not None and not self._has_left():
+        if not self._is_between_lives and not self._has_left():
             try:
                 final = self._wait_final_record()
             except RendezvousStaleError:
@@ -245,8 +247,6 @@ class Link:
                     f"Workspace {final.workspace_id} on {final.node} has ended: {final.exit_reason}.",
                     evidence=error.what,
                 )
-        if not record.may_restart:
-            return error
         self._begin_new_life()
         return self._restarted()
 
@@ -265,13 +265,13 @@ class Link:
             OSError: the lease has not ended.
             RendezvousError: the record can't be read.
         """
-        if (lease := self._lease) is None:
-            return None
-        lease.settimeout(_FAREWELL_S)
-        lease.wait_ended()
+        if (lease := self._lease) is not None:
+            lease.settimeout(_FAREWELL_S)
+            lease.wait_ended()
         count = self._require_record().restart_count
         return self._directory.wait_record(
-            lambda record: record.is_final or record.restart_count > count, timeout_s=_FAREWELL_S
+            lambda record: record.is_final or record.restart_count > count,
+            timeout_s=_FAREWELL_S if lease is not None else 0.0,
         )
 
     def _has_left(self) -> bool:
@@ -291,6 +291,7 @@ class Link:
             WorkspaceError: it will not, or can't be reached.
         """
         old = self._require_record()
+        self._is_between_lives = True
         self._let_go()
         self._say(f"{old.workspace_id}: its life on {old.node} is over, waiting for the next")
         try:
@@ -299,6 +300,7 @@ class Link:
             self._lost = end
             raise
         self.connect(new)
+        self._is_between_lives = False
         self._life_began_s = clock.now_s()
         self._say(f"{old.workspace_id}: restarted on {new.node}")
 
@@ -334,7 +336,10 @@ class Link:
         """For the watch: what is to be done about what has happened to the job; None: nothing has."""
         if (error := self.launched.find_end()) is not None:
             return functools.partial(self._on_job_ended, error)
-        return self._on_life_ended if self._has_left() else None
+        if self._has_left():
+            return self._on_life_ended
+        lease = self._lease
+        return self._on_lease_ended if lease is not None and lease.is_readable() else None
 
     def _on_job_ended(self, error: WorkspaceError) -> None:
         """Break every connection, so that whoever waits on one is told. Without the lock: who holds that may be
@@ -348,6 +353,7 @@ class Link:
     def _on_life_ended(self) -> None:
         """Break every connection, as above, and take the lease of the new life, so that it does not count as idle."""
         began_s, old = clock.now_s(), self._require_record()
+        self._is_between_lives = True
         self._let_go()
         with self._inquiry:
             if self._require_record().restart_count > old.restart_count or self._closed.is_set():
@@ -355,6 +361,10 @@ class Link:
             error = self.explain(TunnelError("its job was requeued", node=old.node), began_s)
         if isinstance(error, SandboxRestarted):
             self._untold = error
+
+    def _on_lease_ended(self) -> None:
+        """Take it anew, so that a client that is silent for long does not count as gone; or learn that all is over."""
+        self.explain(TunnelLostError("its lease has ended", node=self._require_record().node), clock.now_s())
 
     def end(self) -> bool:
         """End the workspace, through its door or else from outside. Returns whether it was gone in time.
@@ -404,9 +414,8 @@ class Link:
             raise ContainerError(f"{self._directory.workspace_id} is not ready.", remedy="Call start().")
         return self.record
 
-    def _closed_error(self) -> TunnelError:
-        node = self.record.node if self.record else ""
-        return TunnelError(f"Workspace {self._directory.workspace_id} is closed.", node=node)
+    def _closed_error(self) -> ContainerError:
+        return ContainerError(f"Workspace {self._directory.workspace_id} is closed.")
 
 
 class Closable(Protocol):

@@ -53,7 +53,10 @@ class _ChannelStream:
         self._channel = channel
 
     def recv(self, size: int) -> bytes:
-        return self._channel.recv(size)
+        try:
+            return self._channel.recv(size)
+        except EOFError as error:  # it tells the other side that there is room again
+            raise ConnectionResetError("the SSH connection is gone") from error
 
     def sendall(self, data: bytes) -> None:
         try:

@@ -32,7 +32,7 @@ def bash_routes(table: CommandTable) -> list[Route]:
 
     async def stream(request: Request) -> Response:
         parsed = await read_command_request(request)
-        return CommandStream(table.start(parsed), kill_on_disconnect=parsed.kill_on_disconnect)
+        return CommandStream(table.start(parsed), parsed)
 
     async def search(request: Request) -> Response:
         return JSONResponse(table.search(_query_of(request)))
@@ -111,14 +111,15 @@ class CommandStream(Response):
     """NDJSON of a command's output as it comes; a slow reader slows the command.
 
     Lines: `{"id"}`, then `{"stream", "data_b64"}`, last what `Command.outcome_json` tells. For a command that runs
-    already (same id), it begins at the beginning. Without a last line of that kind, the server ended before it did.
+    already (same id), it begins at the beginning, or behind what the reader says that it has. Without a last line of
+    that kind, the server ended before it did.
     """
 
-    def __init__(self, command: Command, *, kill_on_disconnect: bool) -> None:
+    def __init__(self, command: Command, request: CommandRequest) -> None:
         super().__init__(media_type="application/x-ndjson")
         del self.headers["content-length"]
         self._command = command
-        self._kill_on_disconnect = kill_on_disconnect
+        self._request = request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the command or the client has ended."""
@@ -131,8 +132,8 @@ class CommandStream(Response):
             for task in (sending, gone):
                 task.cancel()
             await asyncio.gather(sending, gone, return_exceptions=True)
-            if self._kill_on_disconnect and self._command.is_running:
-                self._command.request_stop()
+            if self._request.linger_s is not None:
+                self._command.end_when_alone(self._request.linger_s)
 
     async def _send_all(self, send: Send) -> None:
         async for line in self._lines():
@@ -142,7 +143,7 @@ class CommandStream(Response):
 
     async def _lines(self) -> AsyncIterator[dict[str, object]]:
         yield {"id": self._command.id}
-        follower = self._command.follow()
+        follower = self._command.follow(stdout=self._request.stdout_from, stderr=self._request.stderr_from)
         try:
             while True:
                 pieces = follower.take()

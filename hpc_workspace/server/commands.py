@@ -63,10 +63,10 @@ class Event:
 class Follower:
     """A place in a command's output, woken when there is more; the command waits for it, at most 1 MiB ahead."""
 
-    def __init__(self, command: "Command") -> None:
+    def __init__(self, command: "Command", offsets: dict[str, int]) -> None:
         self._command = command
         self._wake = asyncio.Event()
-        self.offsets = dict.fromkeys(STREAMS, 0)
+        self.offsets = offsets
 
     def wake(self) -> None:
         """Something was written, or the command ended."""
@@ -182,9 +182,19 @@ class Command:
         """Begin to end it (TERM, a second, KILL); `finished` tells when it is over."""
         self._stop_requested.set()
 
-    def follow(self) -> Follower:
-        """A new follower, at the beginning of the output."""
-        follower = Follower(self)
+    def end_when_alone(self, after_s: float) -> None:
+        """Begin to end it if nobody follows it `after_s` from now."""
+
+        def look() -> None:
+            if not self._followers:
+                self.request_stop()
+
+        if self.is_running:
+            asyncio.get_running_loop().call_later(after_s, look)
+
+    def follow(self, *, stdout: int = 0, stderr: int = 0) -> Follower:
+        """A new follower, who has so many bytes of each already."""
+        follower = Follower(self, {"stdout": stdout, "stderr": stderr})
         self._followers.add(follower)
         self.adjust_flow()
         return follower

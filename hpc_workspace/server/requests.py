@@ -25,14 +25,21 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class CommandRequest:
-    """What to run. `env` may hold secrets, so it is never echoed and not in the repr."""
+    """What to run. `env` may hold secrets, so it is never echoed and not in the repr.
+
+    Attributes:
+        linger_s: of a stream: how long the command goes on when its reader is gone; None: to its end.
+        stdout_from, stderr_from: of a stream: how many bytes its reader has already.
+    """
 
     command: str
     cwd: str | None = None
     timeout_s: float | None = DEFAULT_TIMEOUT_S
     env: dict[str, str] = field(default_factory=dict, repr=False)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    kill_on_disconnect: bool = False
+    linger_s: float | None = None
+    stdout_from: int = 0
+    stderr_from: int = 0
 
 
 def parse_command_request(body: object) -> CommandRequest:
@@ -46,10 +53,12 @@ def parse_command_request(body: object) -> CommandRequest:
     return CommandRequest(
         command=_command(body.get("command")),
         cwd=_cwd(body.get("cwd")),
-        timeout_s=_timeout(body.get("timeout", DEFAULT_TIMEOUT_S)),
+        timeout_s=_seconds(body.get("timeout", DEFAULT_TIMEOUT_S), "timeout"),
         env=_env(body.get("env")),
         id=parse_id(body["id"]) if body.get("id") is not None else uuid.uuid4().hex,
-        kill_on_disconnect=body.get("kill_on_disconnect") is True,
+        linger_s=_seconds(body.get("linger_s"), "linger_s"),
+        stdout_from=_offset(body.get("stdout_from", 0), "stdout_from"),
+        stderr_from=_offset(body.get("stderr_from", 0), "stderr_from"),
     )
 
 
@@ -78,12 +87,18 @@ def _cwd(value: object) -> str | None:
     return value
 
 
-def _timeout(value: Any) -> float | None:
+def _seconds(value: Any, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise RequestError("timeout must be a number of seconds, not negative, or null for none")
+        raise RequestError(f"{name} must be a number of seconds, not negative, or null for none")
     return float(value)
+
+
+def _offset(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise RequestError(f"{name} must be a number of bytes, not negative")
+    return value
 
 
 def _env(value: object) -> dict[str, str]:

@@ -155,6 +155,15 @@ class Cluster:
         """Signal processes at one blow: none of them has the time to do something about the others."""
         self.run(node, ["kill", f"-{int(number)}", *map(str, pids)], user="root")
 
+    def power_on(self, node: str) -> None:
+        """A node whose power was cut, as one that has booted anew: with another boot id in what it left on its disk.
+
+        One kernel runs the box, and its boot id stays the same.
+        """
+        self.call("power-on", node)
+        other = "s/ [0-9a-f-]{36} / 00000000-0000-0000-0000-000000000000 /"
+        self.run(node, ["sh", "-c", f"sed -E -i '{other}' /tmp/hpcws-*/owner"], user="root")
+
     def leftovers(self, nodes: Sequence[str] = COMPUTE) -> dict[str, str]:
         """What of the tester's is left on nodes or in the queue: processes, mounts, scratch, jobs. Empty if all is gone.
 

@@ -66,6 +66,11 @@ def test_40_cycles_leave_nothing_and_get_no_slower(cluster: Cluster) -> None:
     require_no_drift(cluster, "image=TINY", 40)
 
 
+def test_3_cycles_of_openhands_server_leave_nothing(cluster: Cluster) -> None:
+    run_cycles(cluster, "sif_file=SERVER", 3)
+
+
+@pytest.mark.long
 def test_10_cycles_of_openhands_server_leave_nothing(cluster: Cluster) -> None:
     run_cycles(cluster, "sif_file=SERVER", 10)
 

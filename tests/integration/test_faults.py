@@ -23,7 +23,7 @@ slurm = SlurmOptions(**dict(dict(partition="cpu", time="10", mem="500M"), **opti
 said = []
 import logging
 logging.basicConfig(level=logging.WARNING)
-w = ApptainerWorkspace(image=TINY, slurm=slurm, **options)
+w = ApptainerWorkspace(**({"image": TINY} | options), slurm=slurm)
 w.on_progress = said.append
 w.start()
 tell(id=w.id, node=w.node, job=w.job)
@@ -153,7 +153,7 @@ def test_a_node_that_loses_its_power(cluster: Cluster, clients: Any) -> None:
         client.do("w.close()")
         client.leave()
     finally:
-        cluster.call("power-on", "n03")
+        cluster.power_on("n03")
     # Nothing could clear up: the scratch is on the node's disk, until the next start there or this.
     reaped = cluster.run("n03", [f"{VENV}/hpc-workspace", "reap"])
     assert "removed" in reaped.stdout, reaped.stdout + reaped.stderr

@@ -337,5 +337,5 @@ def test_age_is_told_by_the_clock_of_the_disk(tmp_path: Path) -> None:
     os.utime(path, (now_s - 100, now_s - 100))
     assert 100 <= files.age_s(path) < 110
     os.utime(path, (now_s + 100, now_s + 100))
-    assert files.age_s(path) == 0
+    assert -100 <= files.age_s(path) < -90  # somebody else set it
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

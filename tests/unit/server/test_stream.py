@@ -8,6 +8,8 @@ import time
 import uuid
 from pathlib import Path
 
+import pytest
+
 from tests.unit.server.running import RunningServer, eventually, joined
 
 
@@ -38,7 +40,7 @@ def test_a_large_stream_is_whole(server: RunningServer) -> None:
 def test_a_reader_who_stops_stops_the_command_s_pipe_and_not_the_server(tmp_path: Path) -> None:
     running = RunningServer(tmp_path)
     try:
-        body = {"command": "yes | head -c 100000000; touch written", "kill_on_disconnect": True}
+        body = {"command": "yes | head -c 100000000; touch written", "linger_s": 0}
         with running.client() as slow, slow.stream("POST", "/api/bash/stream", json=body) as answer:
             pieces = answer.iter_raw()  # kept: httpx closes the connection with its iterator
             next(pieces)
@@ -58,13 +60,30 @@ def test_going_away_leaves_the_command_running(server: RunningServer) -> None:
     assert server.run(command, id=command_id)["stdout"] == "on\nstill here\n"
 
 
-def test_going_away_kills_the_command_on_request(server: RunningServer) -> None:
-    body = {"command": "echo on; sleep 67", "kill_on_disconnect": True}
+def test_going_away_ends_the_command_on_request(server: RunningServer) -> None:
+    body = {"command": "echo on; sleep 67", "linger_s": 0}
     begun = time.monotonic()
     with server.client() as other, other.stream("POST", "/api/bash/stream", json=body) as answer:
         command_id = json.loads(next(answer.iter_lines()))["id"]
     assert server.run(body["command"], id=command_id)["exit_code"] == -15
     assert time.monotonic() - begun < 5
+
+
+def test_a_reader_who_comes_back_in_time_finds_the_command_and_only_what_he_has_not_yet(server: RunningServer) -> None:
+    body = {"id": uuid.uuid4().hex, "command": "echo one; cat /dev/null; sleep 0.3; echo two", "linger_s": 30}
+    with server.client() as other, other.stream("POST", "/api/bash/stream", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert base64.b64decode(json.loads(next(lines))["data_b64"]) == b"one\n"
+    again = server.stream(body["command"], id=body["id"], stdout_from=4, linger_s=30)
+    assert joined(again, "stdout") == b"two\n"
+    assert again[-1]["exit_code"] == 0
+
+
+@pytest.mark.parametrize("fields", [{"stdout_from": -1}, {"stderr_from": 1.5}, {"stdout_from": True}, {"linger_s": -1}])
+def test_places_and_patience_are_numbers(server: RunningServer, fields: dict[str, object]) -> None:
+    with server.client() as client:
+        assert client.post("/api/bash/stream", json={"command": "true"} | fields).status_code == 422
 
 
 def test_a_second_stream_of_an_id_begins_at_the_beginning(server: RunningServer) -> None:
