@@ -292,6 +292,7 @@ _CAUSES = (
     ("failed to unlock master key", *_KEY),
     ("gocryptfs", "", "This node has no gocryptfs, which encrypted images need."),
     ("fuse: device not found", "", "This node has no /dev/fuse: ask its administrators."),
+    ("failed to open /dev/fuse", "", "This node's /dev/fuse is shut to you: ask its administrators for mode 666."),
     ("open /etc/resolv.conf", "", "This node's /etc/resolv.conf is a link to nothing: ask its administrators."),
     ("no space left", "", "The node's disk is full: free some of it, or point TMPDIR at one with room."),
 )

@@ -53,13 +53,17 @@ class Wish(BaseModel):
 
     `server`: be relayed to the agent server. `port`: to another TCP port inside the workspace. `lease`: nothing but
     to be there; the door says goodbye on it when all is gone. `end`: end the workspace, then as `lease`. `detach`: as
-    `lease`, and from now on the workspace outlives its clients until it is idle for too long.
+    `lease`, and from now on the workspace outlives its clients until it is idle for too long. `reverse`: be
+    parked for the reverse forward `name`, on `port` inside if that is given; the verdict's text is the port, and one
+    byte says that the connection is wanted, and carries on from there.
+    A zero byte from the client says that it wants no more of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    want: Literal["server", "port", "lease", "end", "detach"]
+    want: Literal["server", "port", "lease", "end", "detach", "reverse"]
     port: int | None = Field(default=None, gt=0, lt=65536)
+    name: str | None = Field(default=None, pattern=r"^[0-9a-f]{16}$")
 
 
 def make_nonce() -> bytes:

@@ -33,20 +33,20 @@ from hpc_workspace.exchange import Wish
 from hpc_workspace.launch.launched import Launched
 from hpc_workspace.launch.watch import watch
 from hpc_workspace.record import Record
-from hpc_workspace.rendezvous import WorkspaceDirectory
+from hpc_workspace.rendezvous import STALE_S, WorkspaceDirectory
 
 log = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 20.0
 _LOCAL_LOOK_S = (0.01, 0.02)
-_SLURM_LOOK_S = (0.05, 0.5)
+# A tenth of the time that it has taken already: a start of a second is not noticed half a second late.
+_SLURM_LOOK_S = (0.02, 0.5, 1.1)
 # The record of a job that ended may reach this side a moment after Slurm's word.
 _LAST_LOOK_S = 1.0
 # How long a broken connection may take to turn out to be the end of the workspace.
 _FAREWELL_S = 3.0
 # Slurm tells of a job's end when its epilog is done and the answer that we have is not 2 s old any more.
 _JOB_END_S = 6.0
-_STALE_S = 120.0
 
 
 class Link:
@@ -75,6 +75,7 @@ class Link:
         self._directory = directory
         self._launch_id = launch_id
         self._connect_by = connect
+        self._way = connect
         self._queue_timeout_s = queue_timeout_s
         self._say = say
         self.token = ""
@@ -147,15 +148,19 @@ class Link:
             )
         return record if record.state == "ready" else None
 
-    def connect(self, record: Record) -> None:
+    def connect(self, record: Record, *, by: str | None = None) -> None:
         """Take the lease by the first route that works, and have the job watched; from now on `record` is the one.
+
+        Args:
+            by: the one route to take; None: as it was asked for.
 
         Raises:
             RendezvousError: there is no key (the workspace has ended).
             TunnelError: it can't be reached.
         """
         self.token = self._directory.read_token()
-        self._route, self._lease = climb(self._connect_by, record, self.token, Wish(want="lease"))
+        self._route, self._lease = climb(by or self._connect_by, record, self.token, Wish(want="lease"))
+        self._way = self._route.name
         self.record = record
         self.launched.was_ready = True
         if self.launched.job_id is not None:
@@ -183,6 +188,12 @@ class Link:
 
     def _dial_or_explain(self, wish: Wish) -> DoorStream:
         began_s = clock.now_s()
+        lease = self._lease
+        if lease is not None and lease.is_readable():
+            # It ended while nobody looked, whatever becomes of the next stream: the door must not think that we are gone.
+            lost = self.explain(TunnelLostError("the lease has ended", node=self._require_record().node), began_s)
+            if not isinstance(lost, TunnelError):
+                raise lost
         try:
             return self.dial_at_once(wish)
         except TunnelError as error:
@@ -228,17 +239,15 @@ class Link:
         killed there is no goodbye, and its warden writes the record a moment later. A node that died says nothing."""
         record = self._require_record()
         if not self._is_between_lives and not self._has_left():
+            if not self._lease_ends():
+                return error
             try:
-                final = self._wait_final_record()
+                final = self._read_end() or (None if self._reconnect() else self._read_end(_FAREWELL_S))
             except RendezvousStaleError:
                 return ContainerError(
                     f"{record.workspace_id} on {record.node} has ended: somebody else closed it.", evidence=error.what
                 )
-            except (OSError, WorkspaceError) as unknown:
-                log.debug("a broken connection is not explained: %s", unknown)
-                return error
             if final is None:
-                self._reconnect()
                 return error
             if final.failure is not None and final.restart_count == record.restart_count:
                 return as_error(final)
@@ -250,28 +259,38 @@ class Link:
         self._begin_new_life()
         return self._restarted()
 
-    def _reconnect(self) -> None:
-        """Take a new way to the same life, if there is one, so that the lease is held and the next call works."""
+    def _lease_ends(self) -> bool:
+        """Whether the lease ends within a moment, or has ended: what broke was more than one stream."""
+        if (lease := self._lease) is None:
+            return True
+        lease.settimeout(_FAREWELL_S)
+        try:
+            lease.wait_ended()
+        except TimeoutError:
+            return False
+        except (OSError, WorkspaceError) as error:
+            log.debug("the lease has broken: %s", error)
+        return True
+
+    def _reconnect(self) -> bool:
+        """Take the same way to the same life anew, so that the lease is held and the next call works."""
         self._let_go()
         try:
-            self.connect(self._require_record())
+            self.connect(self._require_record(), by=self._way)
         except WorkspaceError as error:
             log.debug("no new way: %s", error)
+            return False
+        return True
 
-    def _wait_final_record(self) -> Record | None:
+    def _read_end(self, timeout_s: float = 0.0) -> Record | None:
         """The record once it says how this life ended, or is of a later one; None if it does not in time.
 
         Raises:
-            OSError: the lease has not ended.
-            RendezvousError: the record can't be read.
+            RendezvousError: it can't be read.
         """
-        if (lease := self._lease) is not None:
-            lease.settimeout(_FAREWELL_S)
-            lease.wait_ended()
         count = self._require_record().restart_count
         return self._directory.wait_record(
-            lambda record: record.is_final or record.restart_count > count,
-            timeout_s=_FAREWELL_S if lease is not None else 0.0,
+            lambda record: record.is_final or record.restart_count > count, timeout_s=timeout_s
         )
 
     def _has_left(self) -> bool:
@@ -457,7 +476,7 @@ def require_running(directory: WorkspaceDirectory, record: Record) -> None:
             remedy=f"If Slurm requeues job {record.job_id}, it will be there again." if record.may_restart else "",
         )
     age_s = directory.heartbeat_age_s()
-    if age_s is None or abs(age_s) > _STALE_S:
+    if age_s is None or abs(age_s) > STALE_S:
         said = "has given no sign of life" if age_s is None else f"gave no sign of life for {age_s:.0f} s"
         if age_s is not None and age_s < 0:
             said = f"has a heartbeat that is {-age_s:.0f} s ahead of the file server's clock"

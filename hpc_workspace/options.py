@@ -103,7 +103,7 @@ def _as_flag(value: object) -> object:
 
 
 PullPolicy = Literal["missing", "always", "newer", "never"]
-Connect = Literal["auto", "loopback", "paramiko", "openssh"]
+Connect = Literal["auto", "loopback", "paramiko", "openssh", "srun", "ssh-command"]
 VariableName = Annotated[str, _matching(_VARIABLE, "a variable's name")]
 Duration = Annotated[float | None, BeforeValidator(parse_duration_s)]
 SlurmTime = Annotated[

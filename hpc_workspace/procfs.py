@@ -91,16 +91,16 @@ def is_elsewhere(pid: int, kind: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Listener:
-    """A listening TCP socket: its inode is its identity for as long as it lives."""
+class TcpSocket:
+    """A TCP socket: its inode is its identity for as long as it lives."""
 
     inode: int
     uid: int
 
 
-def tcp_listener(port: int) -> Listener | None:
+def tcp_listener(port: int) -> TcpSocket | None:
     """Who gets a connection to 127.0.0.1:port; None if nobody listens. The kernel prefers the most exact address."""
-    found: dict[str, Listener] = {}
+    found: dict[str, TcpSocket] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
             lines = Path(table).read_text().splitlines()[1:]
@@ -109,12 +109,12 @@ def tcp_listener(port: int) -> Listener | None:
         for fields in map(str.split, lines):
             address, _, number = fields[1].partition(":")
             if fields[3] == _LISTEN and int(number, 16) == port:
-                found.setdefault(address, Listener(inode=int(fields[9]), uid=int(fields[7])))
+                found.setdefault(address, TcpSocket(inode=int(fields[9]), uid=int(fields[7])))
     return next((found[address] for address in _REACHED_BY_LOOPBACK if address in found), None)
 
 
-def tcp_peer_uid(peer_port: int, our_port: int) -> int | None:
-    """The user at the other end of a connection between two ports of 127.0.0.1; None if /proc does not say."""
+def tcp_peer(peer_port: int, our_port: int) -> TcpSocket | None:
+    """The socket at the other end of a connection between two ports of 127.0.0.1; None if /proc does not say."""
     try:
         lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     except OSError:
@@ -122,7 +122,7 @@ def tcp_peer_uid(peer_port: int, our_port: int) -> int | None:
     wanted = (f"{_IPV4_LOOPBACK}:{peer_port:04X}", f"{_IPV4_LOOPBACK}:{our_port:04X}")
     for fields in map(str.split, lines):
         if (fields[1], fields[2]) == wanted:
-            return int(fields[7])
+            return TcpSocket(uid=int(fields[7]), inode=int(fields[9]))
     return None
 
 

@@ -90,6 +90,8 @@ class Record(BaseModel):
         node: the node's short name, as Slurm and SSH know it.
         port: of the node's 127.0.0.1, where the door listens.
         socket: the door's Unix socket on the node.
+        python: the node program's interpreter; empty: not known.
+        package: the directory in which that finds this package.
         owner: the mark of the node program's warden (`owner.Owner`): when that process has ended, all has.
         working_dir: where commands start, as they see it.
         mount_dir: the directory that is at /workspace and outlives the container; None: there is none.
@@ -114,6 +116,8 @@ class Record(BaseModel):
     node: Text
     port: Annotated[int, Field(ge=0, lt=65536)]
     socket: Text
+    python: Text = ""
+    package: Text = ""
     owner: Text
     runtime: Text
     server: Literal["bundled", "image"]

@@ -37,6 +37,8 @@ _ENVIRONMENT = "environment"
 _RUNTIME_ENVIRONMENT = "runtime_environment"
 MAX_BYTES = 256 * 1024
 _LOCK_TIMEOUT_S = 5.0
+# A workspace whose heartbeat is older than this has probably died.
+STALE_S = 120.0
 _LOOK_S = (0.01, 0.02)
 
 _Value = TypeVar("_Value", Spec, Record)
@@ -306,11 +308,18 @@ class WorkspaceDirectory:
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
-    def touch_heartbeat(self) -> None:
-        """Set the heartbeat's time to now, by the file server's clock."""
+    def touch_heartbeat(self, idle_s: float = 0.0) -> None:
+        """Set the heartbeat's time to now, by the file server's clock.
+
+        Args:
+            idle_s: for how long the workspace has been idle; kept as the difference of the file's two times.
+        """
         descriptor = os.open(self.heartbeat, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
             os.utime(descriptor)
+            if idle_s >= 1.0:
+                now_ns = os.fstat(descriptor).st_mtime_ns
+                os.utime(descriptor, ns=(now_ns - int(idle_s * 1e9), now_ns))
         finally:
             os.close(descriptor)
 
@@ -326,6 +335,26 @@ class WorkspaceDirectory:
             return None
         except OSError as error:
             raise _unwritable(self.path, error) from error
+
+    def idle_s(self) -> float | None:
+        """For how long the workspace has been idle, as of its last heartbeat; None if there never was one."""
+        try:
+            found = self.heartbeat.stat()
+        except OSError:
+            return None
+        return max(0.0, found.st_mtime - found.st_atime)
+
+    def has_ended(self) -> bool:
+        """Whether the record says so, or the directory is gone."""
+        try:
+            record = self.read_record()
+        except RendezvousError:
+            return True
+        return record is not None and record.is_final
+
+    def has_token(self) -> bool:
+        """Whether there is a key, as long as the workspace has not ended for good."""
+        return (self.path / _TOKEN).exists()
 
     def log_tail(self, path: Path, lines: int = 12) -> str:
         """The last lines of a log, without control characters; empty if there is none."""
@@ -431,6 +460,22 @@ def paths_in_use() -> list[Path]:
                 spec = directory.read_spec()
                 found += [Path(path) for path in (spec.image, spec.toolbox) if path]
     return found
+
+
+def require_workspace(workspace_id: str) -> WorkspaceDirectory:
+    """The directory of the workspace with this id.
+
+    Raises:
+        RendezvousError: there is none.
+    """
+    for directory in list_workspaces():
+        if directory.workspace_id == workspace_id:
+            return directory
+    raise RendezvousError(
+        f"There is no workspace {workspace_id!r}.",
+        evidence=f"Looked in {workspaces_dir()}.",
+        remedy="`hpc-workspace ps` lists yours; is HPC_WORKSPACE_HOME the same as where it was started?",
+    )
 
 
 def list_workspaces() -> list[WorkspaceDirectory]:

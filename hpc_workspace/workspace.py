@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import httpx
 
     from hpc_workspace.client import AgentServerClient
+    from hpc_workspace.connect.reverse import Reverse
     from hpc_workspace.connect.streams import DoorStream
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Workspace:
         self._follower: LogFollower | None = None
         self._lock = threading.RLock()
         self._ended: Record | None = None
+        self._reverse: list[Reverse] = []
         self.phases_s: dict[str, float] = {}
 
     def __repr__(self) -> str:
@@ -82,7 +84,7 @@ class Workspace:
             RendezvousError: there is none, or it has ended.
             TunnelError: it can't be reached.
         """
-        directory = _require_directory(workspace_id)
+        directory = rendezvous.require_workspace(workspace_id)
         record = directory.read_record()
         if record is None:
             raise RendezvousTimeoutError(
@@ -313,6 +315,23 @@ class Workspace:
         self._require_client()
         return self._listen(Wish(want="port", port=port))
 
+    def reverse(self, port: int) -> Reverse:
+        """A port inside the workspace for `port` of 127.0.0.1 here, such as a model's endpoint.
+
+        It has `url`, the one seen inside, `port` and `close()`. Only this workspace's own processes can use it, by
+        whatever route it is reached.
+
+        Raises:
+            TunnelError: the door can't be reached.
+        """
+        from hpc_workspace.connect.reverse import Reverse
+
+        self._require_client()
+        link = self._require_link()
+        forward = Reverse(link.dial_for_others, port)
+        self._reverse.append(forward)
+        return forward
+
     def logs(self) -> str:
         """What the agent server has printed; empty if it printed nothing, or after a clean close."""
         try:
@@ -387,8 +406,9 @@ class Workspace:
 
     def _let_go(self) -> None:
         extra = self._extra_listeners.values()
-        for part in (self._follower, self._listener, *extra, self._client):
+        for part in (self._follower, self._listener, *extra, *self._reverse, self._client):
             close_quietly(part)
+        self._reverse = []
         self._follower = self._listener = self._client = None
         self._extra_listeners = {}
 
@@ -563,8 +583,12 @@ class ApptainerWorkspace(Workspace):
         return launched
 
     def _wait_ready(self) -> Record:
-        # Its import takes as long as a good part of the start: do it while the node is busy.
+        # These imports take as long as a good part of the start: do it while the node is busy.
         from hpc_workspace import client as _client  # noqa: F401
+        from hpc_workspace.connect import ssh_paramiko
+
+        if self.job is not None and self.options.connect in ("auto", "paramiko"):
+            ssh_paramiko.load()
 
         began_s = clock.now_s()
         record = self._require_link().wait_ready()
@@ -594,17 +618,6 @@ class ApptainerWorkspace(Workspace):
 
 def _from_options(kind: type[ApptainerWorkspace], options: dict[str, Any]) -> ApptainerWorkspace:
     return kind(**options)
-
-
-def _require_directory(workspace_id: str) -> WorkspaceDirectory:
-    for directory in rendezvous.list_workspaces():
-        if directory.workspace_id == workspace_id:
-            return directory
-    raise RendezvousError(
-        f"There is no workspace {workspace_id!r}.",
-        evidence=f"Looked in {rendezvous.workspaces_dir()}.",
-        remedy="`hpc-workspace ps` lists yours; is HPC_WORKSPACE_HOME the same as where it was started?",
-    )
 
 
 def _attached(directory: WorkspaceDirectory, record: Record) -> Launched:

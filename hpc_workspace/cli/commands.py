@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpc_workspace.cli import EXIT_TIMEOUT
+from hpc_workspace.cli.doctor import doctor
 from hpc_workspace.cli.images import images
 from hpc_workspace.cli.waiting import Waiting
 from hpc_workspace.version import __version__
@@ -180,28 +181,50 @@ def exec_(workspace_id: str, command: tuple[str, ...], timeout: float | None) ->
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON array.")
 def ps(as_json: bool) -> None:
-    """List the workspaces that have not ended."""
-    from hpc_workspace.workspace import Workspace
+    """List the workspaces that have not ended: where, since when, for how long yet, and for how long unused."""
+    from hpc_workspace import overview
 
-    records = Workspace.list()
+    found = overview.look()
     if as_json:
-        click.echo(json.dumps([json.loads(record.model_dump_json()) for record in records]))
+        click.echo(json.dumps([dataclasses.asdict(one) for one in found]))
         return
-    for record in records:
-        click.echo(
-            f"{record.workspace_id}  {record.state:8} {record.node:12} {record.runtime:10} {record.job_id or '-'}"
-        )
+    rows: list[tuple[str, ...]] = [("ID", "STATE", "NODE", "JOB", "RUNTIME", "AGE", "LEFT", "IDLE")]
+    for one in found:
+        named = (one.workspace_id, one.state, one.node or "-", one.job_id or "-", one.runtime or "-")
+        rows.append((*named, *(_short(seconds) for seconds in (one.age_s, one.time_left_s, one.idle_s))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if found else ():
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    for one in found:
+        if one.notice:
+            click.echo(f"{one.workspace_id}: {one.notice}", err=True)
+
+
+def _short(seconds: float | None) -> str:
+    """A time for a narrow column: 42s, 17m, 3h05m, 2d04h; `-` where it is not known."""
+    if seconds is None:
+        return "-"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if seconds < 60:
+        return f"{max(0.0, seconds):.0f}s"
+    if minutes < 60:
+        return f"{minutes}m"
+    return f"{hours}h{minutes % 60:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
 
 
 @cli.command()
 @click.argument("workspace_id")
-def logs(workspace_id: str) -> None:
-    """Print what the agent server of WORKSPACE_ID has printed."""
-    from hpc_workspace.workspace import Workspace
+@click.option("-f", "--follow", is_flag=True, help="Go on until the workspace has ended, or Ctrl-C.")
+@click.option("--node", is_flag=True, help="The node program's log, not the agent server's.")
+def logs(workspace_id: str, follow: bool, node: bool) -> None:
+    """Print what the agent server of WORKSPACE_ID has printed, also after it has ended badly."""
+    from hpc_workspace import logs as log_files
+    from hpc_workspace.rendezvous import require_workspace
 
-    workspace = Workspace.attach(workspace_id)
-    click.echo(workspace.logs(), nl=False)
-    workspace.disconnect()
+    directory = require_workspace(workspace_id)
+    path = directory.node_log if node else directory.server_log
+    for line in log_files.read_lines(path, until=directory.has_ended if follow else lambda: True):
+        click.echo(line)
 
 
 @cli.command()
@@ -241,6 +264,7 @@ def reap(as_json: bool) -> None:
 
 
 cli.add_command(images)
+cli.add_command(doctor)
 
 
 @cli.command()

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 from collections.abc import Callable
+from pathlib import Path
 
+from hpc_workspace import files
 from hpc_workspace.connect.loopback import LoopbackRoute
+from hpc_workspace.connect.multiplexed import SrunRoute, SshCommandRoute
 from hpc_workspace.connect.ssh_openssh import OpenSshRoute
 from hpc_workspace.connect.ssh_paramiko import ParamikoRoute
 from hpc_workspace.connect.streams import DoorStream, Route, open_door
 from hpc_workspace.errors import TunnelError
 from hpc_workspace.exchange import Wish
 from hpc_workspace.record import Record
+from hpc_workspace.rendezvous import state_dir
 
 log = logging.getLogger(__name__)
+
+# Nothing is lost by looking whether the node is this machine.
+_ALWAYS_FIRST = "loopback"
 
 _RUNGS: dict[str, Callable[[Record], Route]] = {
     "loopback": LoopbackRoute,
     "paramiko": ParamikoRoute,
     "openssh": OpenSshRoute,
+    "srun": SrunRoute,
+    "ssh-command": SshCommandRoute,
 }
 
 
@@ -32,7 +43,7 @@ def climb(connect: str, record: Record, token: str, wish: Wish) -> tuple[Route, 
         TunnelError: none does; the error lists every rung with its reason.
         ServerUnavailableError: the door was reached and refused the wish.
     """
-    names = list(_RUNGS) if connect == "auto" else [connect]
+    names = _in_order() if connect == "auto" else [connect]
     reasons: list[str] = []
     last: TunnelError | None = None
     for name in names:
@@ -44,6 +55,8 @@ def climb(connect: str, record: Record, token: str, wish: Wish) -> tuple[Route, 
             last = error
         else:
             log.info("workspace %s on %s: connected by %s", record.workspace_id, record.node, name)
+            if connect == "auto" and name != _ALWAYS_FIRST:
+                _remember(name)
             return route, stream
     if last is not None and len(names) == 1:
         raise last
@@ -53,6 +66,26 @@ def climb(connect: str, record: Record, token: str, wish: Wish) -> tuple[Route, 
         evidence="Tried, in order:\n" + "\n".join(reasons),
         remedy="Set connect= to a route that works on this site.",
     ) from last
+
+
+def _in_order() -> list[str]:
+    """All routes, the one that worked from this machine last time before the others: it will again."""
+    last = ""
+    with contextlib.suppress(OSError):
+        last = _memory().read_text(errors="replace").strip()
+    first = [_ALWAYS_FIRST, *([last] if last in _RUNGS and last != _ALWAYS_FIRST else [])]
+    return [*first, *(name for name in _RUNGS if name not in first)]
+
+
+def _remember(name: str) -> None:
+    with contextlib.suppress(OSError):
+        if not _memory().exists() or _memory().read_text(errors="replace").strip() != name:
+            files.write_whole(_memory(), name.encode())
+
+
+def _memory() -> Path:
+    """Where the winner is kept: beside the workspaces, which are a site's, one for each machine."""
+    return state_dir() / f"route-{socket.gethostname().partition('.')[0]}"
 
 
 def _first_stream(route: Route, record: Record, token: str, wish: Wish) -> DoorStream:

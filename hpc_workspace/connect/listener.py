@@ -76,9 +76,9 @@ class Listener:
 
     def _serve(self, connection: socket.socket, peer_port: int) -> None:
         with contextlib.closing(connection):
-            uid = procfs.tcp_peer_uid(peer_port, self.port)
-            if uid is not None and uid != os.getuid():
-                log.warning("port %d: turned user %d away", self.port, uid)
+            peer = procfs.tcp_peer(peer_port, self.port)
+            if peer is not None and peer.uid != os.getuid():
+                log.warning("port %d: turned user %d away", self.port, peer.uid)
                 return
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
@@ -87,10 +87,16 @@ class Listener:
                 log.warning("port %d: %s", self.port, error.what)
                 return
             with contextlib.closing(stream):
-                back = threading.Thread(target=_from_stream, args=(stream, connection), daemon=True)
-                back.start()
-                _to_stream(connection, stream)
-            back.join()
+                relay(connection, stream)
+
+
+def relay(connection: socket.socket, stream: Stream) -> None:
+    """Move bytes both ways until the stream or the connection has ended."""
+    back = threading.Thread(target=_from_stream, args=(stream, connection), daemon=True)
+    back.start()
+    _to_stream(connection, stream)
+    stream.close()
+    back.join()
 
 
 def _to_stream(connection: socket.socket, stream: Stream) -> None:

@@ -77,17 +77,18 @@ class DoorStream:
     def __init__(self, stream: Stream, node: str) -> None:
         self._stream = stream
         self._node = node
-        self._granted = False
+        self._said: str | None = None
 
-    def wait_granted(self) -> None:
-        """Make sure that the door granted the wish.
+    def wait_granted(self) -> str:
+        """Make sure that the door granted the wish. Returns what it said of it, often nothing.
 
         Raises:
             ServerUnavailableError: there is no server behind the door, or a stranger's.
+            TunnelError: the door refused.
             TunnelLostError: the connection broke.
         """
-        if self._granted:
-            return
+        if self._said is not None:
+            return self._said
         try:
             verdict, length = exchange.parse_verdict_head(
                 exchange.receive_exactly(self._stream, exchange.VERDICT_HEAD_BYTES)
@@ -97,11 +98,14 @@ class DoorStream:
             raise TunnelLostError(
                 f"The door on {self._node} is out of step.", node=self._node, evidence=str(error)
             ) from error
+        if verdict is Verdict.REFUSED:
+            raise TunnelError(f"The door on {self._node} refused: {text}.", node=self._node)
         if verdict is not Verdict.OK:
             raise ServerUnavailableError(
                 f"The door on {self._node} relays to no agent server.", evidence=f"It says: {text}."
             )
-        self._granted = True
+        self._said = text
+        return text
 
     def wait_ended(self) -> None:
         """Wait until the other side has ended the stream. Raises OSError (TimeoutError) when it breaks, or does not."""

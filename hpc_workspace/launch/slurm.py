@@ -29,12 +29,16 @@ from hpc_workspace.rendezvous import WorkspaceDirectory
 _TEMPLATE = "workspace.sbatch.j2"
 _QUESTION_TIMEOUT_S = 45.0
 _ASK_AGAIN_S = 2.0
+# Many that end at once share an answer; an old one says of none that it is gone.
+_ENDING_AGE_S = 0.3
 # Accounting only adds to what squeue says, and asking it often has brought whole clusters to a stand.
 _ASK_ACCOUNTING_AGAIN_S = 10.0
 _ACCOUNTING_TIMEOUT_S = 5.0
 # A question to a silent controller takes 18 s (squeue of Slurm 24.11) or until our time-out.
 _SILENCE_S = 5.0
 _LOST_AFTER_S = 90.0
+# A job that was just submitted is not in an answer of a moment ago.
+_MISSING_S = 5.0
 
 
 def find_template(path: str | None) -> Path:
@@ -192,6 +196,7 @@ class JobView:
         self._asked: clock.Deadline | None = None
         self._jobs: dict[str, JobStatus] = {}
         self._silence: tuple[clock.Deadline, SchedulerUnavailableError] | None = None
+        self.accounting_is_off = False
 
     def status(self, job_id: str, *, max_age_s: float = _ASK_AGAIN_S) -> JobStatus | None:
         """The job as of at most `max_age_s` ago; None if Slurm does not mention it.
@@ -251,6 +256,10 @@ class SlurmLaunched:
         if self._last.is_final:
             return self._last
         found = view.status(self._job, max_age_s=max_age_s)
+        if found is None:
+            self._missing = self._missing or clock.Deadline(_LOST_AFTER_S)
+            if self._missing.elapsed_s < _MISSING_S:
+                return self._last
         if found is None or found.state == "CANCELLED":
             # squeue forgets a job, and never says by whom it was cancelled. Accounting that missed a job's end calls it
             # RUNNING for ever: that is no knowledge.
@@ -259,13 +268,13 @@ class SlurmLaunched:
         if found is not None:
             self._last, self._missing = found, None
             return found
-        self._missing = self._missing or clock.Deadline(_LOST_AFTER_S)
-        return JobStatus(self._job, "LOST", self._last.node) if self._missing.is_over else self._last
+        is_lost = self._missing is not None and self._missing.is_over
+        return JobStatus(self._job, "LOST", self._last.node) if is_lost else self._last
 
     def _ask_accounting(self) -> JobStatus | None:
         if self._accounting_asked is not None and not self._accounting_asked.is_over:
             return None
-        if processes.find_program("sacct") is None:
+        if view.accounting_is_off or processes.find_program("sacct") is None:
             return None
         self._accounting_asked = clock.Deadline(_ASK_ACCOUNTING_AGAIN_S)
         argv = slurm_commands.build_sacct_argv(self._job)
@@ -273,6 +282,7 @@ class SlurmLaunched:
             ended = _ask_slurm(argv, timeout_s=_ACCOUNTING_TIMEOUT_S)
         except processes.ProgramTimeoutError:
             return None
+        view.accounting_is_off = "accounting storage is disabled" in ended.said
         return slurm_commands.parse_sacct(ended.stdout) if ended.returncode == 0 else None
 
     def find_end(self) -> WorkspaceError | None:
@@ -312,7 +322,7 @@ class SlurmLaunched:
         deadline = clock.Deadline(timeout_s)
         for pause_s in clock.pauses_s(0.05, 2.0):
             try:
-                status = view.status(self._job, max_age_s=0.0)
+                status = view.status(self._job, max_age_s=_ENDING_AGE_S)
             except SchedulerUnavailableError:
                 status = self._last
             if status is None or status.is_final:
@@ -340,15 +350,11 @@ def job_ended_error(
 ) -> WorkspaceError:
     """Why a job ended under its workspace, or before it published an address, with the tail of its log."""
     tail = directory.log_tail(directory.node_log)
-    if not was_ready and (
-        ("No module named" in tail and "hpc_workspace" in tail)
-        or ("not found" in tail and python in tail)
-        or ("No such file" in tail and python in tail)
-    ):
+    if not was_ready and is_without_interpreter(tail, python):
         return PrerequisiteError(
             f"The interpreter {python} can't run hpc_workspace on node {status.node or '?'} (job {status.job_id}).",
             evidence=f"Last lines of {directory.node_log}:\n{tail}",
-            remedy='Name one that the nodes have: SlurmOptions(python="/shared/venv/bin/python").',
+            remedy=NAME_INTERPRETER,
         )
     on = f" on {status.node}" if status.node else ""
     when = "under its workspace" if was_ready else "before the workspace was ready"
@@ -359,6 +365,16 @@ def job_ended_error(
         node=status.node,
         evidence=f"Last lines of {directory.node_log}:\n{tail}" if tail else f"{directory.node_log} is empty.",
         remedy=_REMEDIES.get(status.state, "").format(node=status.node),
+    )
+
+
+NAME_INTERPRETER = 'Name one that the nodes have: SlurmOptions(python="/shared/venv/bin/python").'
+
+
+def is_without_interpreter(tail: str, python: str) -> bool:
+    """Whether a job's last words are that there is no `python` on its node, or one without this package."""
+    return ("No module named" in tail and "hpc_workspace" in tail) or (
+        python in tail and ("not found" in tail or "No such file" in tail)
     )
 
 

@@ -7,7 +7,7 @@ and 24.05.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_workspace.errors import SubmitError
@@ -108,6 +108,45 @@ def named_options(options: SlurmOptions) -> dict[str, str | int | None]:
 
 def _flag(option: str, value: str | int | None) -> str:
     return f"--{option}" if value is None else f"--{option}={value}"
+
+
+def build_srun_argv(
+    *,
+    name: str,
+    partition: str | None,
+    cpus: int,
+    exported: Sequence[str],
+    slurm: SlurmOptions | None,
+    command: Sequence[str],
+    takes_stdin: bool = False,
+    more: Sequence[str] = (),
+) -> list[str]:
+    """The argv that runs `command` as a small job of its own on one node, and prints what it prints as it comes.
+
+    Args:
+        partition: None: Slurm's default.
+        exported: names of variables that reach it.
+        slurm: for what a job is charged to: account, QOS, reservation.
+        takes_stdin: whether our stdin is the command's; else that is empty.
+        more: other options of srun.
+
+    Source: srun(1) of Slurm 24.11.
+    """
+    argv = [
+        "srun",
+        *([f"--partition={partition}"] if partition is not None else []),
+        f"--job-name={name}",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--cpus-per-task={cpus}",
+        *([] if takes_stdin else ["--input=none"]),
+        "--unbuffered",
+        f"--export={','.join(exported) or 'NIL'}",
+    ]
+    for option in ("account", "qos", "reservation"):
+        if slurm is not None and (value := getattr(slurm, option)) is not None:
+            argv.append(f"--{option}={value}")
+    return [*argv, *more, *command]
 
 
 def parse_sbatch(stdout: str) -> str:

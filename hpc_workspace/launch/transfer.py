@@ -42,23 +42,20 @@ _EXPORTED = (
 
 def build_srun_argv(settings: ImageSettings, slurm: SlurmOptions | None, command: Sequence[str]) -> list[str]:
     """The argv that runs `command` on a node of `settings.fetch_on` and prints what it prints."""
-    exported = [name for name in _EXPORTED if name in os.environ]
-    exported += [name for name in os.environ if name.startswith("HPC_WORKSPACE_IMAGES_") and name not in exported]
-    argv = [
-        "srun",
-        f"--partition={settings.fetch_on}",
-        "--job-name=hpcws-images",
-        "--nodes=1",
-        "--ntasks=1",
-        f"--cpus-per-task={settings.convert_cpus or _DEFAULT_CPUS}",
-        "--input=none",
-        "--unbuffered",
-        f"--export={','.join(exported) or 'NIL'}",
-    ]
-    for name in ("account", "qos", "reservation"):
-        if slurm is not None and (value := getattr(slurm, name)) is not None:
-            argv.append(f"--{name}={value}")
-    return [*argv, *command]
+    return slurm_commands.build_srun_argv(
+        name="hpcws-images",
+        partition=settings.fetch_on,
+        cpus=settings.convert_cpus or _DEFAULT_CPUS,
+        exported=exported_names("HPC_WORKSPACE_IMAGES_"),
+        slurm=slurm,
+        command=command,
+    )
+
+
+def exported_names(prefix: str) -> list[str]:
+    """The names of our variables that one of our commands on a node may need, and of all that begin with `prefix`."""
+    known = [name for name in _EXPORTED if name in os.environ]
+    return known + [name for name in os.environ if name.startswith(prefix) and name not in known]
 
 
 def run_on_partition(

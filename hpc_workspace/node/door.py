@@ -15,6 +15,7 @@ from hpc_workspace import clock, exchange
 from hpc_workspace.exchange import ExchangeError, Verdict, Wish
 from hpc_workspace.node.events import DetachRequested, EndRequested, LeasesChanged
 from hpc_workspace.node.identity import Family, NotOursError
+from hpc_workspace.node.reverse import Reverse
 from hpc_workspace.node.server import Address, connect_port
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Door:
         self._events = events
         self._lock = threading.Lock()
         self._leases: set[socket.socket] = set()
+        self._reverse: dict[str, Reverse] = {}
         self._relays = 0
         self._last_active_s = clock.now_s()
         self._listeners = [_unix_listener(socket_path), _tcp_listener()]
@@ -78,6 +80,9 @@ class Door:
             listener.close()
         with self._lock:
             leases = list(self._leases)
+            forwards = list(self._reverse.values())
+        for forward in forwards:
+            forward.close()
         for connection in leases:
             with contextlib.suppress(OSError):
                 connection.sendall(exchange.build_verdict(Verdict.OK, farewell))
@@ -139,6 +144,9 @@ class Door:
                 self._events.put(DetachRequested())
             self._hold_lease(connection)
             return
+        if wish.want == "reverse":
+            self._park(connection, wish)
+            return
         try:
             server = self._connect(wish)
         except NotOursError as error:
@@ -150,6 +158,24 @@ class Door:
             with contextlib.closing(server):
                 connection.sendall(exchange.build_verdict(Verdict.OK))
                 self._relay(connection, server)
+
+    def _park(self, connection: socket.socket, wish: Wish) -> None:
+        try:
+            forward = self._forward_for(wish)
+        except OSError as error:
+            connection.sendall(exchange.build_verdict(Verdict.REFUSED, f"port {wish.port}: {error.strerror}"))
+            return
+        connection.sendall(exchange.build_verdict(Verdict.OK, str(forward.port)))
+        forward.park(connection)
+
+    def _forward_for(self, wish: Wish) -> Reverse:
+        with self._lock:
+            for name in [name for name, forward in self._reverse.items() if forward.is_orphaned]:
+                self._reverse.pop(name).close()
+            name = wish.name or ""
+            if name not in self._reverse:
+                self._reverse[name] = Reverse(wish.port, family=self._family, relay=self._relay)
+            return self._reverse[name]
 
     def _connect(self, wish: Wish) -> socket.socket:
         if wish.want == "port" and wish.port is not None:

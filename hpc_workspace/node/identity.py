@@ -37,11 +37,12 @@ class Family:
             raise NotOursError(f"nobody listens on port {port}")
         if listener.uid == os.getuid() and self._known_inodes.get(port) == listener.inode:
             return
-        if not self._holds(listener.inode):
+        if not self.holds(listener.inode):
             raise NotOursError(f"the listener on port {port} is not this workspace's")
         self._known_inodes[port] = listener.inode
 
-    def _holds(self, inode: int) -> bool:
+    def holds(self, inode: int) -> bool:
+        """Whether one of ours has the socket with this inode open."""
         return any(procfs.holds_socket(process.pid, inode) for process in procfs.descendants(self._root_pid))
 
     def require_unix_peer(self, connection: socket.socket) -> None:

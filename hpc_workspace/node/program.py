@@ -14,6 +14,7 @@ import random
 import signal
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -235,6 +236,20 @@ class NodeProgram:
             return ""
         return f"idle for {timeout_s:g} s"
 
+    def _idle_s(self) -> float:
+        """For how long nobody has been connected and no command has run, as far as the server says."""
+        quiet_s = self._door.quiet_s if self._door is not None else 0.0
+        if quiet_s < 1.0 or self._running is None:
+            return 0.0
+        try:
+            info = server.ask(self._running.plan.address, self._family, "/server_info")
+        except (OSError, ValueError, NotOursError):
+            return quiet_s
+        if info.get("running_commands"):
+            return 0.0
+        idle_s = info.get("idle_time")
+        return min(quiet_s, idle_s) if isinstance(idle_s, (int, float)) else quiet_s
+
     def _runs_a_command(self, timeout_s: float) -> bool:
         """Whether the server is at work for somebody who is not connected."""
         assert self._running is not None
@@ -255,7 +270,7 @@ class NodeProgram:
         try:
             if self.spec.may_restart:
                 self.directory.require_no_later_life(self._record("ready"))
-            self.directory.touch_heartbeat()
+            self.directory.touch_heartbeat(self._idle_s())
         except RendezvousStaleError as error:
             log.warning("%s", error)
             self._events.put(Superseded())
@@ -337,6 +352,8 @@ def make_record(spec: Spec, owner: Owner, *, state: State, **known: Any) -> Reco
         may_restart=spec.may_restart,
         state=state,
         node=node_name(),
+        python=sys.executable,
+        package=str(Path(__file__).parents[2]),
         owner=str(owner),
         server=spec.server,
         started_at=clock.wall_s(),

@@ -9,10 +9,17 @@ prints one line of JSON a claim: its name, and what went wrong, or null.
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
+import socket
 import sys
 import tempfile
+import threading
 import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from hpc_workspace import ApptainerWorkspace, SlurmOptions, Workspace
@@ -89,9 +96,6 @@ def it_can_be_attached_to_by_its_id_alone(w: Workspace) -> None:
 
 
 def it_serves_other_clients_at_host_with_the_key_only(w: Workspace) -> None:
-    import urllib.error
-    import urllib.request
-
     open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     assert open_url(f"{w.host}/health", timeout=10).status == 200
     try:
@@ -100,6 +104,67 @@ def it_serves_other_clients_at_host_with_the_key_only(w: Workspace) -> None:
         assert error.code == 401
     else:
         raise AssertionError("served without a key")
+
+
+_FETCH = "python3 -c 'import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=20).read().decode())' {}"
+
+
+@contextlib.contextmanager
+def _served_here() -> Iterator[int]:
+    """A server of this side's own, at the port that it gives; it answers with the path that was asked for."""
+
+    class Echo(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(f"you asked for {self.path}".encode())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def it_lets_its_processes_call_a_server_on_this_side(w: Workspace) -> None:
+    with _served_here() as port, contextlib.closing(w.reverse(port)) as forward:
+        fetch = "; ".join(f"{_FETCH.format(f'{forward.url}/{n}')} &" for n in range(6)).replace("&;", "&")
+        said = w.execute_command(f"{fetch} wait", timeout=60)
+        assert sorted(said.stdout.split("\n")) == ["", *(f"you asked for /{n}" for n in range(6))], said.stderr
+
+
+def it_lets_nobody_else_on_its_node_call_that_server(w: Workspace) -> None:
+    if w.job is not None:
+        return  # this side is another machine than the node: nothing to be turned away from here
+    with (
+        _served_here() as port,
+        contextlib.closing(w.reverse(port)) as forward,
+        socket.create_connection(("127.0.0.1", forward.port), timeout=20) as stranger,
+        contextlib.suppress(ConnectionError),
+    ):
+        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert stranger.recv(1) == b""
+
+
+def it_closes_a_reverse_forward(w: Workspace) -> None:
+    with _served_here() as port:
+        forward = w.reverse(port)
+        forward.close()
+        assert w.execute_command(_FETCH.format(forward.url), timeout=90).exit_code != 0
+
+
+def it_forwards_a_port_of_its_own_processes(w: Workspace) -> None:
+    serve = (
+        "import http.server as h; s = h.HTTPServer(('127.0.0.1', 0), h.SimpleHTTPRequestHandler); "
+        "open('port', 'w').write(str(s.server_port)); s.serve_forever()"
+    )
+    w.execute_command(f'rm -f port; python3 -c "{serve}" >/dev/null 2>&1 & until [ -s port ]; do sleep 0.05; done')
+    with contextlib.closing(w.forward(int(w.read_file("port")))) as forward:
+        opened = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{forward.url}/port", timeout=20)
+        assert opened.read() == w.read_file("port")
+    w.execute_command("pkill -f SimpleHTTPRequestHandler || true")
 
 
 def its_key_is_in_no_command_s_environment_or_argv(w: Workspace) -> None:

@@ -36,6 +36,8 @@ WAYS = {
     "bundled-here": Way("n01", {"image": TINY}),
     "bundled-slurm-paramiko": Way("login", {"image": TINY, "slurm": SLURM, "connect": "paramiko"}),
     "bundled-slurm-openssh": Way("login", {"image": TINY, "slurm": SLURM, "connect": "openssh"}),
+    "bundled-slurm-srun": Way("login", {"image": TINY, "slurm": SLURM, "connect": "srun"}),
+    "bundled-slurm-ssh-command": Way("login", {"image": TINY, "slurm": SLURM, "connect": "ssh-command"}),
     "openhands-here": Way("n02", {"sif_file": SERVER}, OPENHANDS),
     "openhands-slurm": Way("login", {"sif_file": SERVER, "slurm": SLURM}, OPENHANDS),
 }

@@ -25,12 +25,15 @@ def shared(cluster: Cluster) -> Iterator[str]:
     cluster.run("login", ["rm", "-rf", "/home/tester/healing"])
 
 
-@pytest.fixture(params=ROUTES)
+@pytest.fixture(params=("paramiko",))
 def client(cluster: Cluster, shared: str, request: pytest.FixtureRequest) -> Iterator[Client]:
     made = Client(cluster, connect=request.param, mount_dir=shared, slurm={"nodelist": "n02"})
     yield made
     made.kill()
     cluster.run("login", ["scancel", "--quiet", made.job])
+
+
+by_each_ssh = pytest.mark.parametrize("client", ROUTES, indirect=True)
 
 
 def sees(cluster: Cluster, name: str) -> None:
@@ -54,6 +57,7 @@ def leave(cluster: Cluster, client: Client) -> None:
     assert cluster.leftovers() == {}
 
 
+@by_each_ssh
 def test_an_sshd_that_is_restarted_under_a_running_command(cluster: Cluster, client: Client) -> None:
     client.do(RUN)
     sees(cluster, "runs")
@@ -77,6 +81,7 @@ def test_an_sshd_that_is_away_for_a_while_delays_the_next_call(cluster: Cluster,
     leave(cluster, client)
 
 
+@by_each_ssh
 def test_a_stream_goes_on_behind_what_has_arrived(cluster: Cluster, client: Client) -> None:
     count = "echo ran >> /workspace/runs; seq 200000; until [ -e /workspace/go ]; do sleep 0.05; done; seq 200000"
     client.do(

@@ -20,7 +20,7 @@ def test_lines_written_before_and_after_the_start_are_passed_on(
         with path.open("a") as file:
             file.write("t\x1b[31mwo\nhalf")
         follower.close()
-    assert caplog.messages == ["ws: one", "ws: t[31mwo"]
+    assert caplog.messages == ["ws: one", "ws: t[31mwo", "ws: half"]
 
 
 def test_a_workspace_follows_its_log_only_where_somebody_listens(caplog: pytest.LogCaptureFixture) -> None:
