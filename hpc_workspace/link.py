@@ -190,7 +190,7 @@ class Link:
         began_s = clock.now_s()
         lease = self._lease
         if lease is not None and lease.is_readable():
-            # It ended while nobody looked, whatever becomes of the next stream: the door must not think that we are gone.
+            # It ended while nobody looked. A stream can do without, but the door must not think that we are gone.
             lost = self.explain(TunnelLostError("the lease has ended", node=self._require_record().node), began_s)
             if not isinstance(lost, TunnelError):
                 raise lost
