@@ -15,10 +15,11 @@ import math
 import os
 import secrets
 import shlex
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import httpcore
 import httpx
@@ -28,6 +29,7 @@ from hpc_workspace.connect.streams import Stream
 from hpc_workspace.errors import (
     AuthError,
     CommandError,
+    ContainerError,
     HostKeyError,
     ServerNotReadyError,
     ServerResponseError,
@@ -36,6 +38,7 @@ from hpc_workspace.errors import (
     TunnelLostError,
     WorkspaceError,
 )
+from hpc_workspace.exchange import Wish
 from hpc_workspace.results import CommandResult, FileOperationResult, GitChange, GitDiff, OutputChunk
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,8 @@ _POLLS_S = (0.01, 0.25)
 # How long a call tries again after its connection broke: an sshd restarts in seconds, a switch in a minute.
 _HEAL_S = 90.0
 _TRIES_S = (0.05, 2.0)
+# A try that goes on for so long was through: longer than it takes to find that there is no way.
+_LASTED_S = 30.0
 # A server that hangs up on the same request again and again does not get better.
 _BREAKS_MAX = 5
 # How long a streamed command goes on alone: longer than its reader tries to come back.
@@ -95,6 +100,14 @@ class _HttpStream(httpcore.NetworkStream):
         return self._stream.is_readable() if info == "is_readable" else None
 
 
+class _NotSentError(Exception):
+    """There was no connection, and nothing was sent; `reason` says why."""
+
+    def __init__(self, reason: WorkspaceError) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
 class _DoorBackend(httpcore.NetworkBackend):
     """httpcore's network, in which every address is the agent server behind the door."""
 
@@ -102,7 +115,10 @@ class _DoorBackend(httpcore.NetworkBackend):
         self._dial = dial
 
     def connect_tcp(self, host: str, port: int, *args: object, **options: object) -> httpcore.NetworkStream:
-        return _HttpStream(self._dial())
+        try:
+            return _HttpStream(self._dial())
+        except TunnelError as error:
+            raise _NotSentError(error) from error
 
 
 class _DoorTransport(httpx.BaseTransport):
@@ -168,12 +184,42 @@ def _no_tls() -> Any:
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
-class _NotSentError(Exception):
-    """There was no connection, and nothing was sent; `reason` says why."""
+class Way(Protocol):
+    """The way to the agent server, through whatever becomes of it.
 
-    def __init__(self, reason: WorkspaceError) -> None:
-        self.reason = reason
-        super().__init__(reason)
+    `dial` gives a new stream for a call that began then (`clock.now_s`). `explain` is given the error of a broken
+    connection and when the try began that it broke, and gives it back, or one that says what broke it. `restart_since`
+    is that the life of the workspace in which a call began is over and another has begun; else None.
+    """
+
+    def dial(self, wish: Wish, call_began_s: float = ..., /) -> Stream: ...
+    def explain(self, error: WorkspaceError, since_s: float, /) -> WorkspaceError: ...
+    def restart_since(self, call_began_s: float, /) -> WorkspaceError | None: ...
+
+
+class AtOnce:
+    """A way that waits for nothing: neither for an explanation nor for a job that is requeued.
+
+    Args:
+        dial: gives a new stream for a wish.
+    """
+
+    def __init__(self, dial: Callable[[Wish], Stream]) -> None:
+        self._dial = dial
+
+    def dial(self, wish: Wish, call_began_s: float = math.inf) -> Stream:
+        """A stream. Raises: ContainerError: there is no way now."""
+        try:
+            return self._dial(wish)
+        except TunnelError as error:
+            raise ContainerError(error.what, evidence=error.evidence) from error
+
+    def explain(self, error: WorkspaceError, since_s: float) -> WorkspaceError:
+        """`error`, as one that nobody tries again after."""
+        return ContainerError(error.what, evidence=error.evidence)
+
+    def restart_since(self, call_began_s: float) -> None:
+        """Nothing is known of that."""
 
 
 class _Patience:
@@ -188,12 +234,17 @@ class _Patience:
         self._breaks = 0
         self._pauses_s = clock.pauses_s(*_TRIES_S)
 
-    def wait(self, error: WorkspaceError) -> None:
+    def wait(self, error: WorkspaceError, began_s: float) -> None:
         """Wait a little, before the next try.
+
+        Args:
+            began_s: when the try began that broke; after one that lasted, the next has all the time again.
 
         Raises:
             WorkspaceError: `error`, if there is to be none.
         """
+        if clock.now_s() - began_s > _LASTED_S:
+            self.renew()
         self._deadline = self._deadline or clock.Deadline(_HEAL_S)
         self._breaks += isinstance(error, (TunnelLostError, ServerUnavailableError))
         may_pass = isinstance(error, (TunnelError, ServerUnavailableError))
@@ -212,28 +263,28 @@ class AgentServerClient:
     tells a repetition by its id: no command is ever run twice.
 
     Args:
-        dial: gives a new stream to the server, through the door.
+        way: to the server, through the door.
         api_key: goes out with every request, through proven doors only.
         server: which of the two kinds it is.
         working_dir: where commands start and relative paths begin.
-        explain: given the error of a broken connection and when its call began (`clock.now_s`), gives it back, or one
-            that says what broke it.
     """
 
     def __init__(
         self,
-        dial: Callable[[], Stream],
+        way: Way,
         *,
         api_key: str,
         server: Literal["bundled", "image"],
         working_dir: str,
-        explain: Callable[[WorkspaceError, float], WorkspaceError],
     ) -> None:
-        self._explain = explain
+        self._way = way
+        self._explain = way.explain
+        # When the call of each thread began: it must not go on in a life that began later.
+        self._call = threading.local()
         self._is_bundled = server == "bundled"
         self._working_dir = working_dir
         self.http = httpx.Client(
-            transport=_DoorTransport(dial, _KEEPALIVE_S[server]),
+            transport=_DoorTransport(self._dial, _KEEPALIVE_S[server]),
             base_url="http://workspace",
             headers={"X-Session-API-Key": api_key},
             timeout=httpx.Timeout(_ANSWER_TIMEOUT_S),
@@ -242,6 +293,9 @@ class AgentServerClient:
 
     def close(self) -> None:
         self.http.close()
+
+    def _dial(self) -> Stream:
+        return self._way.dial(Wish(want="server"), getattr(self._call, "began_s", math.inf))
 
     def health(self) -> dict[str, Any]:
         """What the server says of itself: title, version, uptime, idle_time (seconds) and more.
@@ -326,24 +380,26 @@ class AgentServerClient:
         body = self._command_body(command, cwd, timeout_s, env) | {"linger_s": _LINGER_S}
         read_timeout = None if timeout_s is None else timeout_s + _GRACE_S
         patience = _Patience()
+        call_began_s = clock.now_s()
         has_ended = False
         try:
             while not has_ended:
+                began_s = clock.now_s()
                 try:
-                    for item in self._stream_on(command, body, read_timeout):
+                    for item in self._stream_on(command, body, read_timeout, call_began_s):
                         patience.renew()
                         has_ended = isinstance(item, CommandResult)
                         if isinstance(item, OutputChunk):
                             body[f"{item.stream}_from"] = body.get(f"{item.stream}_from", 0) + len(item.data)
                         yield item
                 except (TunnelError, ServerUnavailableError) as error:
-                    patience.wait(error)
+                    patience.wait(error, began_s)
         except (GeneratorExit, KeyboardInterrupt, SystemExit):
             self._stop(body["id"])
             raise
 
     def _stream_on(
-        self, command: str, body: dict[str, Any], read_timeout: float | None
+        self, command: str, body: dict[str, Any], read_timeout: float | None, call_began_s: float
     ) -> Iterator[OutputChunk | CommandResult]:
         """The rest of a stream, from where `body` says; the last item is the result.
 
@@ -353,7 +409,9 @@ class AgentServerClient:
         began_s = clock.now_s()
         timeout = httpx.Timeout(_ANSWER_TIMEOUT_S, read=read_timeout)
         with _command_errors(command):
-            response = self._send("POST", "/api/bash/stream", json=body, timeout=timeout, is_streamed=True)
+            response = self._send(
+                "POST", "/api/bash/stream", json=body, timeout=timeout, is_streamed=True, call_began_s=call_began_s
+            )
         try:
             for line in _lines(self._guarded(response.iter_raw(), began_s)):
                 event = _parse_json(line)
@@ -433,19 +491,23 @@ class AgentServerClient:
         path = self._absolute(source)
         destination.parent.mkdir(parents=True, exist_ok=True)
         patience = _Patience()
+        call_began_s = clock.now_s()
         while True:
+            began_s = clock.now_s()
             try:
-                size = self._download_once(path, destination)
+                size = self._download_once(path, destination, call_began_s)
             except (TunnelError, ServerUnavailableError) as error:
-                patience.wait(error)
+                patience.wait(error, began_s)
             else:
                 return FileOperationResult(source_path=path, destination_path=str(destination), file_size=size)
 
-    def _download_once(self, path: str, destination: Path) -> int:
+    def _download_once(self, path: str, destination: Path, call_began_s: float) -> int:
         """Copy a file whole or not at all. Returns its size in bytes."""
         aside = destination.parent / f".{destination.name}.{secrets.token_hex(6)}.part"
         began_s = clock.now_s()
-        response = self._send("GET", "/api/file/download", params={"path": path}, is_streamed=True)
+        response = self._send(
+            "GET", "/api/file/download", params={"path": path}, is_streamed=True, call_began_s=call_began_s
+        )
         size = 0
         try:
             descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -529,6 +591,7 @@ class AgentServerClient:
         is_streamed: bool = False,
         is_repeatable: bool = True,
         content_of: Callable[[], dict[str, Any]] = dict,
+        call_began_s: float | None = None,
         **options: Any,
     ) -> httpx.Response:
         """The answer to a request, if it is a good one.
@@ -537,23 +600,30 @@ class AgentServerClient:
             is_streamed: its body is read by the caller, who closes it.
             is_repeatable: it may be sent again when the connection broke after a part of it was sent.
             content_of: makes the request's body, once for each time that it is sent.
+            call_began_s: when the call began that this is a part of; None: now.
             options: as `httpx.Client.build_request` takes them.
 
         Raises:
             ServerNotReadyError, ServerUnavailableError, ServerResponseError, TunnelError
         """
         patience = _Patience()
+        call_began_s = clock.now_s() if call_began_s is None else call_began_s
         while True:
             began_s = clock.now_s()
             request = self.http.build_request(method, path, **options, **content_of())
+            self._call.began_s = call_began_s
             try:
                 return self._send_once(request, began_s, is_streamed=is_streamed)
             except _NotSentError as error:
-                patience.wait(error.reason)
+                patience.wait(error.reason, began_s)
             except (TunnelError, ServerUnavailableError) as error:
                 if not is_repeatable:
                     raise
-                patience.wait(error)
+                patience.wait(error, began_s)
+            finally:
+                self._call.began_s = math.inf
+            if (restarted := self._way.restart_since(call_began_s)) is not None:
+                raise restarted
 
     def _send_once(self, request: httpx.Request, began_s: float, *, is_streamed: bool) -> httpx.Response:
         what = f"{request.method} {request.url.path}"
@@ -569,10 +639,13 @@ class AgentServerClient:
         except (httpcore.NetworkError, httpx.TransportError) as error:
             broke = TunnelLostError(f"{what}: the connection broke.", evidence=str(error))
             raise self._explain(broke, began_s) from error
-        except ServerUnavailableError as error:  # of the dial
+        except _NotSentError as error:
+            found = self._explain(error.reason, began_s)
+            if not isinstance(found, TunnelError):
+                raise found from error.reason
+            raise _NotSentError(found) from error
+        except (TunnelError, ServerUnavailableError) as error:  # of a stream's first bytes
             raise self._explain(error, began_s) from error.__cause__
-        except TunnelError as error:  # of the dial
-            raise _NotSentError(self._explain(error, began_s)) from error.__cause__
         if response.is_success:
             return response
         try:

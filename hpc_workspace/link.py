@@ -11,7 +11,9 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -82,13 +84,17 @@ class Link:
         self._route: Route | None = None
         self._lease: DoorStream | None = None
         self._lost: WorkspaceError | None = None
-        self._untold: SandboxRestarted | None = None
+        # Of the last life that the user knows of. Changed, and compared, with `_telling` held alone.
+        self._told_restarts = 0
+        self._telling = threading.Lock()
         self._is_between_lives = False
         self._closed = threading.Event()
         # Held by the one who finds out why something broke; the others wait for what comes of it.
         self._inquiry = threading.RLock()
         self._inquired_s = -math.inf
+        # Calls that began before this were cut off by the end of an earlier life.
         self._life_began_s = -math.inf
+        _links.add(self)
 
     def __repr__(self) -> str:
         state = "lost" if self._lost else "connected" if self._route else "not connected"
@@ -148,56 +154,86 @@ class Link:
             )
         return record if record.state == "ready" else None
 
-    def connect(self, record: Record, *, by: str | None = None) -> None:
+    def connect(self, record: Record) -> None:
         """Take the lease by the first route that works, and have the job watched; from now on `record` is the one.
-
-        Args:
-            by: the one route to take; None: as it was asked for.
 
         Raises:
             RendezvousError: there is no key (the workspace has ended).
             TunnelError: it can't be reached.
+            ContainerError: the link was closed meanwhile.
         """
-        self.token = self._directory.read_token()
-        self._route, self._lease = climb(by or self._connect_by, record, self.token, Wish(want="lease"))
-        self._way = self._route.name
-        self.record = record
-        self.launched.was_ready = True
+        self._told_restarts = record.restart_count
+        self._connect(record, by=self._connect_by)
+
+    def _connect(self, record: Record, *, by: str, life_began_s: float | None = None) -> None:
+        token = self._directory.read_token()
+        route, lease = climb(by, record, token, Wish(want="lease"))
+        self.token, self._way, self.record = token, route.name, record
+        if life_began_s is not None:
+            self._life_began_s = life_began_s
+        # The route last: from here on calls go by it.
+        self._lease, self._route = lease, route
+        self.launched.note_ready(record.node)
         if self.launched.job_id is not None:
             watch.add(self)
+        if self._closed.is_set():  # by somebody who did not wait for us
+            self.disconnect()
+            raise self._closed_error()
 
-    def dial(self, wish: Wish) -> DoorStream:
+    def dial(self, wish: Wish, call_began_s: float = math.inf) -> DoorStream:
         """A stream to what is wished for.
 
+        Args:
+            call_began_s: when the call that it is for had begun: one of an earlier life does not go on in this.
+
         Raises:
-            SandboxRestarted: for the first call of a new life; the next one goes on.
+            SandboxRestarted: for such a call; else for the first one of a new life, if no other was cut off.
             WorkspaceError: there is no way; it says why.
         """
-        if (restarted := self._untold) is not None:
-            self._untold = None
-            raise restarted
-        return self._dial_or_explain(wish)
+        if self._is_to_be_told():
+            raise self._restarted()
+        stream = self._dial_or_explain(wish, is_ours=True)
+        if call_began_s < self._life_began_s:
+            stream.close()
+            self._is_to_be_told()
+            raise self._restarted()
+        return stream
 
     def dial_for_others(self, wish: Wish) -> DoorStream:
         """As `dial`, for clients that know nothing of us: they find the new life, and our user is still told of it."""
         try:
-            return self._dial_or_explain(wish)
-        except SandboxRestarted as restarted:
-            self._untold = restarted
-            return self._dial_or_explain(wish)
+            return self._dial_or_explain(wish, is_ours=False)
+        except SandboxRestarted:
+            return self._dial_or_explain(wish, is_ours=False)
 
-    def _dial_or_explain(self, wish: Wish) -> DoorStream:
+    def _is_to_be_told(self) -> bool:
+        """Whether the user does not know yet of the life that this is; from now on he does."""
+        count = self.record.restart_count if self.record is not None else 0
+        with self._telling:
+            is_new = count > self._told_restarts
+            self._told_restarts = max(count, self._told_restarts)
+        return is_new
+
+    def restart_since(self, call_began_s: float) -> WorkspaceError | None:
+        """That the life in which a call began is over, and another has begun; None: it is not."""
+        if call_began_s >= self._life_began_s:
+            return None
+        self._is_to_be_told()
+        return self._restarted()
+
+    def _dial_or_explain(self, wish: Wish, *, is_ours: bool) -> DoorStream:
         began_s = clock.now_s()
         lease = self._lease
         if lease is not None and lease.is_readable():
             # It ended while nobody looked. A stream can do without, but the door must not think that we are gone.
-            lost = self.explain(TunnelLostError("the lease has ended", node=self._require_record().node), began_s)
-            if not isinstance(lost, TunnelError):
-                raise lost
+            lost = TunnelLostError("the lease has ended", node=self._require_record().node)
+            found = self._explain(lost, began_s, is_ours=is_ours)
+            if not isinstance(found, TunnelError):
+                raise found
         try:
             return self.dial_at_once(wish)
         except TunnelError as error:
-            raise self.explain(error, began_s) from error
+            raise self._explain(error, began_s, is_ours=is_ours) from error
 
     def dial_at_once(self, wish: Wish) -> DoorStream:
         """A stream to what is wished for, by the way that there is. Waits for nothing and mends nothing.
@@ -217,24 +253,29 @@ class Link:
         """`error`, a broken connection, or what it was that broke it. After a restart, waits for the new life.
 
         Args:
-            since_s: when the call that it broke had begun, by our clock.
+            since_s: when the try that it broke had begun, by our clock.
         """
+        return self._explain(error, since_s, is_ours=True)
+
+    def _explain(self, error: WorkspaceError, since_s: float, *, is_ours: bool) -> WorkspaceError:
+        """As `explain`. Only of what is `ours` does the user hear."""
         with self._inquiry:
             if since_s < self._life_began_s:
-                self._untold = None
+                if is_ours:
+                    self._is_to_be_told()
                 return self._restarted()
             if self._lost is not None or self._closed.is_set():
                 return self._lost or self._closed_error()
             if since_s < self._inquired_s:
                 return error
             try:
-                return self._inquire(error)
+                return self._inquire(error, is_ours=is_ours)
             except WorkspaceError as found:
                 return found
             finally:
                 self._inquired_s = clock.now_s()
 
-    def _inquire(self, error: WorkspaceError) -> WorkspaceError:
+    def _inquire(self, error: WorkspaceError, *, is_ours: bool) -> WorkspaceError:
         """The door says goodbye on the lease once all is gone and the record says why. If the node program itself was
         killed there is no goodbye, and its warden writes the record a moment later. A node that died says nothing."""
         record = self._require_record()
@@ -256,7 +297,7 @@ class Link:
                     f"Workspace {final.workspace_id} on {final.node} has ended: {final.exit_reason}.",
                     evidence=error.what,
                 )
-        self._begin_new_life()
+        self._begin_new_life(is_ours=is_ours)
         return self._restarted()
 
     def _lease_ends(self) -> bool:
@@ -276,7 +317,7 @@ class Link:
         """Take the same way to the same life anew, so that the lease is held and the next call works."""
         self._let_go()
         try:
-            self.connect(self._require_record(), by=self._way)
+            self._connect(self._require_record(), by=self._way)
         except WorkspaceError as error:
             log.debug("no new way: %s", error)
             return False
@@ -303,8 +344,11 @@ class Link:
         later = self._directory.read_record()
         return later is not None and later.restart_count > record.restart_count
 
-    def _begin_new_life(self) -> None:
+    def _begin_new_life(self, *, is_ours: bool) -> None:
         """Wait until the job runs again and its workspace is ready, and connect to that.
+
+        Args:
+            is_ours: whether the user is told of it by who waits for it.
 
         Raises:
             WorkspaceError: it will not, or can't be reached.
@@ -318,9 +362,15 @@ class Link:
         except (JobEndedError, ContainerError) as end:
             self._lost = end
             raise
-        self.connect(new)
+        told = self._told_restarts
+        if is_ours:  # before anybody else can come by the new way, who would be told as well
+            self._told_restarts = max(told, new.restart_count)
+        try:
+            self._connect(new, by=self._connect_by, life_began_s=clock.now_s())
+        except BaseException:
+            self._told_restarts = told
+            raise
         self._is_between_lives = False
-        self._life_began_s = clock.now_s()
         self._say(f"{old.workspace_id}: restarted on {new.node}")
 
     def _restarted(self) -> SandboxRestarted:
@@ -356,9 +406,9 @@ class Link:
         if (error := self.launched.find_end()) is not None:
             return functools.partial(self._on_job_ended, error)
         if self._has_left():
-            return self._on_life_ended
+            return functools.partial(self._on_life_ended, self._require_record())
         lease = self._lease
-        return self._on_lease_ended if lease is not None and lease.is_readable() else None
+        return self._on_lease_ended if lease is None or lease.is_readable() else None
 
     def _on_job_ended(self, error: WorkspaceError) -> None:
         """Break every connection, so that whoever waits on one is told. Without the lock: who holds that may be
@@ -369,21 +419,18 @@ class Link:
         self._lost = error
         self._let_go()
 
-    def _on_life_ended(self) -> None:
+    def _on_life_ended(self, old: Record) -> None:
         """Break every connection, as above, and take the lease of the new life, so that it does not count as idle."""
-        began_s, old = clock.now_s(), self._require_record()
+        if self.record is not old:
+            return  # somebody whose call was broken has been quicker
         self._is_between_lives = True
         self._let_go()
-        with self._inquiry:
-            if self._require_record().restart_count > old.restart_count or self._closed.is_set():
-                return  # somebody whose call was broken has been quicker
-            error = self.explain(TunnelError("its job was requeued", node=old.node), began_s)
-        if isinstance(error, SandboxRestarted):
-            self._untold = error
+        self._explain(TunnelError("its job was requeued", node=old.node), clock.now_s(), is_ours=False)
 
     def _on_lease_ended(self) -> None:
         """Take it anew, so that a client that is silent for long does not count as gone; or learn that all is over."""
-        self.explain(TunnelLostError("its lease has ended", node=self._require_record().node), clock.now_s())
+        lost = TunnelLostError("its lease has ended", node=self._require_record().node)
+        self._explain(lost, clock.now_s(), is_ours=False)
 
     def end(self) -> bool:
         """End the workspace, through its door or else from outside. Returns whether it was gone in time.
@@ -392,11 +439,13 @@ class Link:
         """
         told = self.record is not None and self._end_through_door()
         self.disconnect()
-        if not told:
-            try:
-                self.launched.end()
-            except SchedulerUnavailableError as error:
-                log.warning("%s", error)
+        # A node program that was told and does not end hangs: in a file system that is away, say.
+        if told and self.launched.wait_gone(END_TIMEOUT_S):
+            return True
+        try:
+            self.launched.end()
+        except SchedulerUnavailableError as error:
+            log.warning("%s", error)
         return self.launched.wait_gone(END_TIMEOUT_S)
 
     def _end_through_door(self) -> bool:
@@ -435,6 +484,21 @@ class Link:
 
     def _closed_error(self) -> ContainerError:
         return ContainerError(f"Workspace {self._directory.workspace_id} is closed.")
+
+
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    """A forked child has copies of its parent's leases: they must not hold what the parent let go, nor end it."""
+    for link in list(_links):
+        if link._lease is not None:
+            link._lease.abandon()
+        link._route = link._lease = None
+        link._inquiry, link._telling = threading.RLock(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 class Closable(Protocol):

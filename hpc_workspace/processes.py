@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
@@ -85,6 +86,7 @@ class Child:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        _children.add(self)
 
     @property
     def pid(self) -> int:
@@ -104,6 +106,19 @@ class Child:
     def send_signal(self, number: int) -> None:
         """Send it a signal; nothing happens if it has ended."""
         self._process.send_signal(number)
+
+
+_children: weakref.WeakSet[Child] = weakref.WeakSet()
+
+
+def _drop_lifelines() -> None:
+    """A forked process is not the one that a lifeline stands for."""
+    for child in list(_children):
+        if child._process.stdin is not None:
+            child._process.stdin.close()
+
+
+os.register_at_fork(after_in_child=_drop_lifelines)
 
 
 def spawn(

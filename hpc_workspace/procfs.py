@@ -113,16 +113,24 @@ def tcp_listener(port: int) -> TcpSocket | None:
     return next((found[address] for address in _REACHED_BY_LOOPBACK if address in found), None)
 
 
-def tcp_peer(peer_port: int, our_port: int) -> TcpSocket | None:
-    """The socket at the other end of a connection between two ports of 127.0.0.1; None if /proc does not say."""
-    try:
-        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-    except OSError:
-        return None
-    wanted = (f"{_IPV4_LOOPBACK}:{peer_port:04X}", f"{_IPV4_LOOPBACK}:{our_port:04X}")
-    for fields in map(str.split, lines):
-        if (fields[1], fields[2]) == wanted:
-            return TcpSocket(uid=int(fields[7]), inode=int(fields[9]))
+def tcp_peer(peer: str, peer_port: int, our_port: int) -> TcpSocket | None:
+    """The socket at the other end of a connection to 127.0.0.1:our_port; None if there is none any more.
+
+    Args:
+        peer: the address that it came from, as accept(2) says: any of 127.0.0.0/8.
+
+    Raises:
+        OSError: there is no /proc to look in.
+    """
+    for table, family, prefix in (("tcp", socket.AF_INET, ""), ("tcp6", socket.AF_INET6, "::ffff:")):
+        path = Path(f"/proc/net/{table}")
+        if table == "tcp6" and not path.exists():
+            continue
+        ours, theirs = (_hex_address(family, f"{prefix}{address}") for address in ("127.0.0.1", peer))
+        wanted = (f"{theirs}:{peer_port:04X}", f"{ours}:{our_port:04X}")
+        for fields in map(str.split, path.read_text().splitlines()[1:]):
+            if (fields[1], fields[2]) == wanted:
+                return TcpSocket(uid=int(fields[7]), inode=int(fields[9]))
     return None
 
 

@@ -207,17 +207,13 @@ class Workspace:
         """Whether the agent server answers now."""
         if self._client is None:
             return False
-        from hpc_workspace.client import AgentServerClient
+        from hpc_workspace.client import AgentServerClient, AtOnce
 
         link, record = self._require_link(), self._require_record()
         # One that waits for nothing: neither for an explanation nor for a job that is requeued.
         with contextlib.closing(
             AgentServerClient(
-                lambda: link.dial_at_once(Wish(want="server")),
-                api_key=link.token,
-                server=record.server,
-                working_dir=record.working_dir,
-                explain=lambda error, _: error,
+                AtOnce(link.dial_at_once), api_key=link.token, server=record.server, working_dir=record.working_dir
             )
         ) as probe:
             try:
@@ -419,13 +415,7 @@ class Workspace:
         link = self._require_link()
         began_s = clock.now_s()
         link.connect(record)
-        self._client = AgentServerClient(
-            lambda: link.dial(Wish(want="server")),
-            api_key=link.token,
-            server=record.server,
-            working_dir=record.working_dir,
-            explain=link.explain,
-        )
+        self._client = AgentServerClient(link, api_key=link.token, server=record.server, working_dir=record.working_dir)
         self.phases_s["connect"] = clock.now_s() - began_s
 
     def _require_client(self) -> AgentServerClient:
@@ -609,7 +599,8 @@ class ApptainerWorkspace(Workspace):
         """Leave nothing running after a failed start."""
         self._let_go()
         if self._link is not None:
-            self._link.end()
+            if not self._link.end():
+                log.error("%s: not gone in time: %s", self.id, self._link.launched.describe())
             self._require_dir().forget_secrets()
             self._link = None
         elif self._directory is not None:
@@ -649,7 +640,7 @@ def _close_all() -> None:
     for workspace in list(_open_workspaces):
         try:
             workspace.close()
-        except WorkspaceError as error:
+        except Exception as error:  # noqa: BLE001 - the others are to be closed all the same
             log.error("%s", error)
 
 

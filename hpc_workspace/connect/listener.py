@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 from hpc_workspace import procfs
+from hpc_workspace.accepting import accept_each
 from hpc_workspace.connect.streams import Stream
 from hpc_workspace.errors import PrerequisiteError, WorkspaceError
 
@@ -67,18 +68,17 @@ class Listener:
         self._socket.close()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connection, (_, peer_port) = self._socket.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._serve, args=(connection, peer_port), daemon=True).start()
+        accept_each(self._socket, self._serve)
 
-    def _serve(self, connection: socket.socket, peer_port: int) -> None:
+    def _serve(self, connection: socket.socket, address: tuple[str, int]) -> None:
         with contextlib.closing(connection):
-            peer = procfs.tcp_peer(peer_port, self.port)
-            if peer is not None and peer.uid != os.getuid():
-                log.warning("port %d: turned user %d away", self.port, peer.uid)
+            try:
+                peer = procfs.tcp_peer(*address, self.port)
+                is_ours = peer is not None and peer.uid == os.getuid()
+            except OSError:  # no /proc here: macOS, say
+                is_ours = True
+            if not is_ours:
+                log.warning("port %d: turned another user's connection away", self.port)
                 return
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from hpc_workspace import clock
 from hpc_workspace.connect.listener import relay
-from hpc_workspace.connect.streams import DoorStream
+from hpc_workspace.connect.streams import DoorStream, RefusedError
 from hpc_workspace.errors import TunnelError, WorkspaceError
 from hpc_workspace.exchange import Wish
 
@@ -26,6 +26,8 @@ _TRIES_S = (0.1, 10.0)
 
 class Reverse:
     """Serves the workspace, and nobody else on its node, until `close`; keeps its port when the way is made anew.
+
+    After a restart of its job the port may be taken there, and `url` is another.
 
     Args:
         dial: gives a stream to the door, through whatever becomes of the way to it.
@@ -83,6 +85,10 @@ class Reverse:
                 pauses_s = clock.pauses_s(*_TRIES_S)
                 if self._wait_wanted(stream):
                     threading.Thread(target=self._carry, args=(stream,), daemon=True).start()
+            except RefusedError as error:
+                # After a restart, on another node: somebody has that port there.
+                log.warning("%r needs another port: %s", self, error.what)
+                self.port = 0
             except TunnelError as error:
                 log.info("%r: %s", self, error.what)
                 self._closed.wait(next(pauses_s))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _CONNECT_TIMEOUT_S = 20.0
 _KEEPALIVE_S = 30
+_SHELL_TIMEOUT_S = 5.0
 # The kernel gives up a connection whose bytes nobody has confirmed for so long (tcp(7), TCP_USER_TIMEOUT): a node that
 # is gone says nothing, and a link that is down for a while comes back before.
 _SILENT_MAX_MS = 60_000
@@ -66,6 +68,21 @@ _shared: dict[tuple[str, str], _Shared] = {}
 _shared_lock = threading.Lock()
 
 
+def _forget_after_fork() -> None:
+    """A forked child has a copy of each connection, and every word of it there would break the parent's."""
+    global _shared_lock
+    _shared_lock = threading.Lock()
+    for shared in _shared.values():
+        for client in (shared.client, *shared.hops):
+            transport = client.get_transport() if client is not None else None
+            if transport is not None:
+                transport.sock.close()  # the descriptor alone: nothing is said
+    _shared.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
 class _ChannelStream:
     """A channel as a `Stream`. paramiko says EOFError of a connection that is gone, and means an OSError."""
 
@@ -93,6 +110,9 @@ class _ChannelStream:
     def close(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             self._channel.close()
+
+    def abandon(self) -> None:
+        """Nothing: the connection that it is a part of was let go (`_forget_after_fork`)."""
 
 
 class ParamikoRoute:
@@ -217,7 +237,7 @@ def _connect(settings: SshSettings) -> tuple[paramiko.SSHClient, list[paramiko.S
         transport = client.get_transport()
         assert transport is not None
         transport.set_keepalive(_KEEPALIVE_S)
-        client.exec_command("true")[1].channel.recv_exit_status()
+        _run_something(client)
     except BaseException as error:
         for opened in (client, *reversed(hops)):
             opened.close()
@@ -225,6 +245,13 @@ def _connect(settings: SshSettings) -> tuple[paramiko.SSHClient, list[paramiko.S
             raise _ssh_error(settings, error) from error
         raise
     return client, hops
+
+
+def _run_something(client: paramiko.SSHClient) -> None:
+    """Have sshd set TCP_NODELAY. It is for speed alone: a login shell that hangs there holds nobody up for long."""
+    channel = client.exec_command("true", timeout=_CONNECT_TIMEOUT_S)[1].channel
+    channel.status_event.wait(_SHELL_TIMEOUT_S)
+    channel.close()
 
 
 def _open_way(settings: SshSettings, hop: paramiko.SSHClient | None) -> Any:

@@ -8,7 +8,7 @@ import socket
 from typing import Protocol
 
 from hpc_workspace import exchange
-from hpc_workspace.errors import AuthError, ServerUnavailableError, TunnelError, TunnelLostError
+from hpc_workspace.errors import AuthError, ServerUnavailableError, TunnelError, TunnelLostError, WorkspaceError
 from hpc_workspace.exchange import ExchangeError, Verdict, Wish
 
 EXCHANGE_TIMEOUT_S = 20.0
@@ -19,7 +19,8 @@ class Stream(Protocol):
 
     `recv` gives at least one byte, or none at the end. All but `close` raise OSError when it is broken, and
     TimeoutError (which is one) when the time set by `settimeout` runs out; None waits for ever. `is_readable` says
-    whether `recv` would return at once: with bytes, or because the other side ended it.
+    whether `recv` would return at once: with bytes, or because the other side ended it. `abandon` lets go of it in a
+    forked child, so that the parent's goes on and is not held.
     """
 
     def recv(self, size: int, /) -> bytes: ...
@@ -27,6 +28,7 @@ class Stream(Protocol):
     def settimeout(self, timeout_s: float | None, /) -> object: ...
     def close(self) -> object: ...
     def is_readable(self) -> bool: ...
+    def abandon(self) -> object: ...
 
 
 class SocketStream:
@@ -57,6 +59,9 @@ class SocketStream:
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
+    def abandon(self) -> None:
+        self._connection.close()
+
 
 class Route(Protocol):
     """One way to one node's door, kept open for many streams.
@@ -83,9 +88,29 @@ class DoorStream:
         """Make sure that the door granted the wish. Returns what it said of it, often nothing.
 
         Raises:
+            TunnelLostError: the connection broke, or the door says nothing for 20 s.
+            ServerUnavailableError, TunnelError: as `_read_verdict`.
+        """
+        try:
+            self._stream.settimeout(EXCHANGE_TIMEOUT_S)
+            said = self._read_verdict()
+            self._stream.settimeout(None)
+        except WorkspaceError:
+            raise
+        except OSError as error:
+            raise TunnelLostError(
+                f"The door on {self._node} did not answer a wish.", node=self._node, evidence=str(error)
+            ) from error
+        return said
+
+    def _read_verdict(self) -> str:
+        """What the door said to the wish.
+
+        Raises:
             ServerUnavailableError: there is no server behind the door, or a stranger's.
-            TunnelError: the door refused.
-            TunnelLostError: the connection broke.
+            RefusedError: the door refused.
+            TunnelLostError: the door speaks nonsense.
+            OSError: the connection broke.
         """
         if self._said is not None:
             return self._said
@@ -99,7 +124,7 @@ class DoorStream:
                 f"The door on {self._node} is out of step.", node=self._node, evidence=str(error)
             ) from error
         if verdict is Verdict.REFUSED:
-            raise TunnelError(f"The door on {self._node} refused: {text}.", node=self._node)
+            raise RefusedError(f"The door on {self._node} refused: {text}.", node=self._node)
         if verdict is not Verdict.OK:
             raise ServerUnavailableError(
                 f"The door on {self._node} relays to no agent server.", evidence=f"It says: {text}."
@@ -113,7 +138,7 @@ class DoorStream:
             continue
 
     def recv(self, size: int) -> bytes:
-        self.wait_granted()
+        self._read_verdict()
         return self._stream.recv(size)
 
     def sendall(self, data: bytes) -> None:
@@ -127,6 +152,13 @@ class DoorStream:
 
     def close(self) -> None:
         self._stream.close()
+
+    def abandon(self) -> None:
+        self._stream.abandon()
+
+
+class RefusedError(TunnelError):
+    """The door was reached, and does not grant the wish: another try will not do better."""
 
 
 def open_door(route: Route, node: str, token: str, workspace_id: str, wish: Wish) -> DoorStream:

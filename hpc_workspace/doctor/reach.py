@@ -255,18 +255,17 @@ class Tried:
 
 def _try_route(name: str, record: Record, token: str) -> tuple[float, float]:
     """Seconds for connecting, and for one small request. Raises: WorkspaceError: there is no way."""
-    from hpc_workspace.client import AgentServerClient
+    from hpc_workspace.client import AgentServerClient, AtOnce
 
     began = clock.Deadline(None)
     route, lease = ladder.climb(name, record, token, Wish(want="lease"))
     with contextlib.closing(route), contextlib.closing(lease):
         connect_s = began.elapsed_s
         client = AgentServerClient(
-            lambda: open_door(route, record.node, token, record.workspace_id, Wish(want="server")),
+            AtOnce(lambda wish: open_door(route, record.node, token, record.workspace_id, wish)),
             api_key=token,
             server=record.server,
             working_dir=record.working_dir,
-            explain=lambda error, since_s: error,
         )
         with contextlib.closing(client):
             client.health()

@@ -16,16 +16,18 @@ class Launched(Protocol):
     life of its job that ran on `node` is over and the job is not: it waits again, or runs elsewhere. Without a job
     there is one life only.
 
+    `note_ready` tells it that its workspace is used, on `node`: part of what an end is called, and newer than all that
+    Slurm had said by then.
+
     Attributes:
         job_id: Slurm's; None without Slurm.
-        was_ready: whether its workspace has been used; set by who uses it, and part of what an end is called.
     """
 
     job_id: str | None
-    was_ready: bool
 
     def find_end(self) -> WorkspaceError | None: ...
     def is_pending(self) -> bool: ...
+    def note_ready(self, node: str) -> None: ...
     def has_left(self, node: str) -> bool: ...
     def end(self) -> None: ...
     def wait_gone(self, timeout_s: float) -> bool: ...

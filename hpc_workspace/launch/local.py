@@ -45,7 +45,6 @@ class LocalLaunched:
     """A node program that this process started."""
 
     job_id: str | None = None
-    was_ready = False
 
     def __init__(self, directory: WorkspaceDirectory, child: processes.Child) -> None:
         self._directory = directory
@@ -62,6 +61,9 @@ class LocalLaunched:
 
     def is_pending(self) -> bool:
         return False
+
+    def note_ready(self, node: str) -> None:
+        """Nothing: an end is called the same before and after."""
 
     def has_left(self, node: str) -> bool:
         return False
@@ -97,7 +99,6 @@ class LocalAttached:
     """A node program of this machine that another process started, known by its record."""
 
     job_id: str | None = None
-    was_ready = False
 
     def __init__(self, record: Record) -> None:
         self._record = record
@@ -113,6 +114,9 @@ class LocalAttached:
 
     def is_pending(self) -> bool:
         return False
+
+    def note_ready(self, node: str) -> None:
+        """Nothing: an end is called the same before and after."""
 
     def has_left(self, node: str) -> bool:
         return False

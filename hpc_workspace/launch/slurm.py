@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 import os
 import shlex
 import sys
@@ -198,14 +199,17 @@ class JobView:
         self._silence: tuple[clock.Deadline, SchedulerUnavailableError] | None = None
         self.accounting_is_off = False
 
-    def status(self, job_id: str, *, max_age_s: float = _ASK_AGAIN_S) -> JobStatus | None:
-        """The job as of at most `max_age_s` ago; None if Slurm does not mention it.
+    def status(
+        self, job_id: str, *, max_age_s: float = _ASK_AGAIN_S, not_before_s: float = -math.inf
+    ) -> JobStatus | None:
+        """The job as of at most `max_age_s` ago and not before a moment of our clock; None if Slurm does not say.
 
         Raises:
             SchedulerUnavailableError: Slurm does not answer, which says nothing about the job.
         """
         with self._lock:
-            if self._asked is None or self._asked.elapsed_s >= max_age_s:
+            asked = self._asked
+            if asked is None or asked.elapsed_s >= max_age_s or asked.started_s < not_before_s:
                 self._ask_unless_silent()
             return self._jobs.get(job_id)
 
@@ -213,12 +217,13 @@ class JobView:
         """Ask anew; a controller that has just been silent is not asked again by each who wants to know of a job."""
         if self._silence is not None and not self._silence[0].is_over:
             raise SchedulerUnavailableError(self._silence[1].what, evidence=self._silence[1].evidence)
+        asked = clock.Deadline(None)
         try:
             self._jobs = self._ask()
         except SchedulerUnavailableError as error:
             self._silence = (clock.Deadline(_SILENCE_S), error)
             raise
-        self._asked, self._silence = clock.Deadline(None), None
+        self._asked, self._silence = asked, None
 
     def _ask(self) -> dict[str, JobStatus]:
         try:
@@ -244,7 +249,8 @@ class SlurmLaunched:
         self._python = python
         self._last = JobStatus(job_id, "PENDING")
         self._accounting_asked: clock.Deadline | None = None
-        self.was_ready = False
+        self._was_ready = False
+        self._noted_s = -math.inf
         self._missing: clock.Deadline | None = None
 
     def status(self, *, max_age_s: float = _ASK_AGAIN_S) -> JobStatus:
@@ -255,7 +261,7 @@ class SlurmLaunched:
         """
         if self._last.is_final:
             return self._last
-        found = view.status(self._job, max_age_s=max_age_s)
+        found = view.status(self._job, max_age_s=max_age_s, not_before_s=self._noted_s)
         if found is None:
             self._missing = self._missing or clock.Deadline(_LOST_AFTER_S)
             if self._missing.elapsed_s < _MISSING_S:
@@ -292,10 +298,15 @@ class SlurmLaunched:
             return None
         if not status.is_final and status.state != "LOST":
             return None
-        return job_ended_error(self._directory, status, self._python, was_ready=self.was_ready)
+        return job_ended_error(self._directory, status, self._python, was_ready=self._was_ready)
 
     def is_pending(self) -> bool:
         return self._last.is_waiting
+
+    def note_ready(self, node: str) -> None:
+        self._was_ready = True
+        self._noted_s = clock.now_s()
+        self._last, self._missing = JobStatus(self._job, "RUNNING", node), None
 
     def has_left(self, node: str) -> bool:
         """By the last answer that there was: `find_end` asks for a new one."""

@@ -74,7 +74,9 @@ class Watch:
             self._look()
 
     def _look(self) -> None:
-        for watched in list(self._watched):
+        with self._lock:
+            all_watched = list(self._watched)
+        for watched in all_watched:
             if watched in self._busy:
                 continue
             try:

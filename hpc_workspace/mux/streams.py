@@ -103,6 +103,9 @@ class MuxStream:
         channel = self._channel
         return channel.has_bytes or channel.ended or self._is_closed or self._mux.error is not None
 
+    def abandon(self) -> None:
+        """Nothing: a forked child has let go of the whole pipe."""
+
     def close(self) -> None:
         """End both ways; what was sent still arrives. Who waits on the stream is woken."""
         with self.changed:

@@ -51,6 +51,7 @@ _UNANSWERED_LOOKS_MAX = 60
 _LEFT_SAID_MAX = 100
 # A TERM that comes this near to the time limit is the limit's.
 _AT_LIMIT_S = 30.0
+_SIGNAL_AFTER_S = 1.0
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -186,12 +187,15 @@ class NodeProgram:
                 self._may_live_again = True
                 return "a later life of the job has taken over"
             case Signalled(number):
-                # Whether it is cancelled or requeued only Slurm knows.
-                self._may_live_again = self.spec.may_restart
                 left_s = self._time_left_s()
                 at_limit = left_s is not None and left_s < _AT_LIMIT_S
+                # Whether it is cancelled or requeued only Slurm knows; the time limit is an end for good.
+                self._may_live_again = self.spec.may_restart and not at_limit
                 return "the job's time limit" if at_limit else f"got {signal.Signals(number).name}"
             case ServerDied(child, returncode) if self._running is not None and child is self._running.child:
+                # Slurm may signal all processes of a job at once, and the server's end be what is heard first.
+                if self.spec.may_restart and isinstance(signalled := self._next_event(_SIGNAL_AFTER_S), Signalled):
+                    return self._reason_to_end(signalled)
                 raise server_death(self.directory, returncode)
             case DetachRequested():
                 self._ends_with_lease = False
@@ -323,6 +327,7 @@ class NodeProgram:
             log.error("left behind: %s", ", ".join(cleared.left))
             state, failure = "failed", left_behind(cleared.left, failure)
         try:
+            self.directory.require_no_later_life(self._record(state))
             if not self._may_live_again:
                 self.directory.forget_secrets()
             self._publish(state, reason, failure)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import socket
 import threading
 from collections.abc import Callable
 
 from hpc_workspace import clock, procfs
+from hpc_workspace.accepting import accept_each
 from hpc_workspace.node.identity import Family
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Reverse:
             self._listener.close()
             raise
         self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
+        threading.Thread(target=accept_each, args=(self._listener, self._serve), daemon=True).start()
 
     @property
     def is_orphaned(self) -> bool:
@@ -117,17 +117,9 @@ class Reverse:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, (_, peer_port) = self._listener.accept()
-            except OSError:
-                return  # closed
-            threading.Thread(target=self._serve, args=(connection, peer_port), daemon=True).start()
-
-    def _serve(self, connection: socket.socket, peer_port: int) -> None:
+    def _serve(self, connection: socket.socket, address: tuple[str, int]) -> None:
         with contextlib.closing(connection):
-            if not self._is_ours(peer_port):
+            if not self._is_ours(address):
                 log.warning("reverse forward %d: turned a stranger's connection away", self.port)
                 return
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -140,9 +132,10 @@ class Reverse:
             finally:
                 parked.done.set()
 
-    def _is_ours(self, peer_port: int) -> bool:
-        peer = procfs.tcp_peer(peer_port, self.port)
-        return peer is not None and peer.uid == os.getuid() and self._family.holds(peer.inode)
+    def _is_ours(self, address: tuple[str, int]) -> bool:
+        # By the socket's holder alone: inside a container with subordinate ids our own processes have many users.
+        peer = procfs.tcp_peer(*address, self.port)
+        return peer is not None and self._family.holds(peer.inode)
 
     def _take(self) -> _Parked | None:
         """A parked connection whose client is there, and knows that it is wanted; None if none comes in time."""

@@ -92,9 +92,11 @@ def _clear_up(directory: WorkspaceDirectory, spec: Spec, owner: Owner, code: int
         log.error("left behind: %s", ", ".join(cleared.left))
         failure = left_behind(cleared.left, failure)
     try:
+        record = _final_record(directory, spec, owner, failure)
+        directory.require_no_later_life(record)
         if not may_live_again:
             directory.forget_secrets()
-        directory.publish(_final_record(directory, spec, owner, failure))
+        directory.publish(record)
     except (WorkspaceError, OSError) as error:
         log.error("the record can't be written: %s", error)
     return 1

@@ -174,7 +174,9 @@ class Cluster:
         script = (
             f"for i in $(seq {_QUIET_TIMEOUT_S * 5}); do "
             'left="$(ps -u tester -o args= | grep -v -e "^sh -c" -e "^ps -u" -e "^grep" -e "^sleep" -e "^seq")'
-            '$(ls -d /tmp/hpcws-* 2>/dev/null)$(grep -l hpcws- /proc/[0-9]*/mountinfo 2>/dev/null)"; [ -z "$left" ] && exit 0; sleep 0.2; done; echo "$left"'
+            '$(find /tmp -maxdepth 1 -name "hpcws-*" -user tester)'
+            '$(grep -l hpcws- /proc/[0-9]*/mountinfo 2>/dev/null | xargs -r stat -c "%U %n" 2>/dev/null | grep ^tester)"; '
+            '[ -z "$left" ] && exit 0; sleep 0.2; done; echo "$left"'
         )
         for node in nodes:
             if left := self.run(node, ["sh", "-c", script], user="root").stdout.strip():
