@@ -254,10 +254,19 @@ def test_a_skew_is_told_with_its_side() -> None:
     assert judge_skew(-301, "n01's clock").found == "301 s behind n01's clock"
 
 
+def over_tmp(options: str) -> list[str]:
+    """The argv that runs a command with another file system at /tmp; this checkout stays where it is, there too."""
+    script = (
+        f"mount --bind /tmp /mnt && mount -t tmpfs -o {options} none /tmp && "
+        'case "$0" in /tmp/*) mkdir -p "$0" && mount --bind "/mnt/${0#/tmp/}" "$0" ;; esac && exec "$@"'
+    )
+    return ["unshare", "--mount", "sh", "-c", script, str(REPO)]
+
+
 @as_root
 def test_scratch_that_is_full(mounted: Callable[..., Path]) -> None:
     # /tmp is among the candidates, and the roomiest counts: in a mount namespace of its own it can be full.
-    under = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=900k none /tmp && exec "$@"', "sh"]
+    under = over_tmp("size=900k")
     home = {"HPC_WORKSPACE_HOME": "/var/tmp/hpcws-doctor-test"}
     finding = doctor(env=home, under=under)["scratch"]
     assert finding.level == "fail"
@@ -271,7 +280,7 @@ def test_scratch_that_is_full(mounted: Callable[..., Path]) -> None:
     [("size=9G,noexec", "fail", "mounted noexec"), ("size=9G", "warn", "counts as the job's memory")],
 )
 def test_scratch_that_can_not_do_all(options: str, level: str, said: str) -> None:
-    under = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o {options} none /tmp && exec "$@"', "sh"]
+    under = over_tmp(options)
     finding = doctor(env={"HPC_WORKSPACE_HOME": "/var/tmp/hpcws-doctor-test"}, under=under)["scratch"]
     assert finding.level == level
     assert said in finding.found
