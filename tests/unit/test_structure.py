@@ -14,8 +14,10 @@ ADAPTERS = {
     "subprocess": {"processes.py", "server/children.py", "server/commands.py"},  # the server imports nothing of ours
     "paramiko": {"connect/ssh_paramiko.py"},
     # One speaks to agent servers, one to registries; workspace.py: for the type of `client` alone.
-    "httpx": {"client.py", "images/registry.py", "workspace.py"},
-    "httpcore": {"client.py"},
+    # OpenHands' conversations want a client of httpx's; it maps what comes from below.
+    "httpx": {"client.py", "images/registry.py", "workspace.py", "integrations/openhands.py"},
+    "httpcore": {"client.py", "integrations/openhands.py"},
+    "openhands": {"integrations/openhands.py"},
     "filelock": {"locks.py"},
     "jinja2": {"launch/slurm.py"},
     "submitit": {"batch/arrays.py"},
@@ -73,7 +75,5 @@ def test_the_bundled_server_imports_nothing_of_ours(name: str) -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = (
-        "import hpc_workspace, sys; print(*(m for m in ('pydantic','httpx','paramiko','submitit') if m in sys.modules))"
-    )
+    code = "import hpc_workspace, sys; print(*(m for m in ('pydantic','httpx','paramiko','submitit','openhands') if m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

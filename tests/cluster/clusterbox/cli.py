@@ -204,10 +204,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("daemon")
     sub = commands.add_parser("proctrack", help="restart Slurm so that it tracks processes with cgroups or without")
     sub.add_argument("kind", choices=("linuxproc", "cgroup"))
-    sub = commands.add_parser("install", help="put a built wheel and its dependencies into /shared/venv")
+    sub = commands.add_parser("install", help="put a built wheel and its dependencies into /shared/VENV")
     sub.add_argument("wheel_dir", nargs="?", type=Path, help="a directory with one wheel of hpc-workspace")
     sub.add_argument("--wheel", type=Path, help="the wheel itself")
     sub.add_argument("--extra", action="append", default=[], help="an extra of the wheel; may be repeated")
+    sub.add_argument("--venv", default="venv", help="the virtual environment's name below /shared")
     sub = commands.add_parser("images", help="make the images that are missing")
     sub.add_argument("names", nargs="*", metavar="NAME")
     return top
@@ -239,7 +240,7 @@ def dispatch(state: State, arguments: argparse.Namespace) -> int:
         from .install import install
 
         with state.locked("install.lock"):
-            install(state, arguments.wheel, arguments.wheel_dir, arguments.extra)
+            install(state, arguments.wheel, arguments.wheel_dir, arguments.extra, venv=arguments.venv)
         return 0
     if command == "images":
         from .images import make_images

@@ -1,4 +1,4 @@
-"""The built wheel in /shared/venv, with the nodes' own Python and without a network on the nodes."""
+"""The built wheel in a venv of /shared, with the nodes' own Python and without a network on the nodes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def find_wheel(wheel: Path | None, wheel_dir: Path | None) -> Path:
     return found[0]
 
 
-def install(state: State, wheel: Path | None, wheel_dir: Path | None, extras: list[str]) -> None:
-    """Make or refresh /shared/venv; a few seconds where only the wheel itself is new."""
+def install(state: State, wheel: Path | None, wheel_dir: Path | None, extras: list[str], *, venv: str = "venv") -> None:
+    """Make or refresh /shared/VENV; a few seconds where only the wheel itself is new."""
     found = find_wheel(wheel, wheel_dir)
-    key = digest(*_requirements(found), *extras)
+    key = digest(*_requirements(found, extras), *extras)
     wheels = state.cache / f"wheels-{key}"
     log = state.cache / "install.log"
     log.unlink(missing_ok=True)
@@ -39,12 +39,13 @@ def install(state: State, wheel: Path | None, wheel_dir: Path | None, extras: li
         if not (shelf / file.name).exists() or file == found:
             shutil.copy(file, shelf / file.name)
             (shelf / file.name).chmod(0o644)
-    pip = ["/shared/venv/bin/pip", "install", "--no-index", "--find-links=/shared/wheels", "--quiet"]
-    marker = state.shared / "venv" / f".installed-{key}"
+    home = f"/shared/{venv}"
+    pip = [f"{home}/bin/pip", "install", "--no-index", "--find-links=/shared/wheels", "--quiet"]
+    marker = state.shared / venv / f".installed-{key}"
     if not marker.exists():
-        say("making /shared/venv")
-        node_run(login, ["rm", "-rf", "/shared/venv"], log=log)
-        node_run(login, ["python3", "-m", "venv", "/shared/venv"], log=log)
+        say(f"making {home}")
+        node_run(login, ["rm", "-rf", home], log=log)
+        node_run(login, ["python3", "-m", "venv", home], log=log)
         name = f"/shared/wheels/{found.name}" + (f"[{','.join(extras)}]" if extras else "")
         node_run(login, [*pip, name], log=log)
         marker.touch()
@@ -52,11 +53,13 @@ def install(state: State, wheel: Path | None, wheel_dir: Path | None, extras: li
         node_run(login, [*pip, "--no-deps", "--force-reinstall", f"/shared/wheels/{found.name}"], log=log)
 
 
-def _requirements(wheel: Path) -> list[str]:
+def _requirements(wheel: Path, extras: list[str]) -> list[str]:
+    """What the wheel needs, with these extras."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         lines = archive.read(name).decode().splitlines()
-    return [line for line in lines if line.startswith("Requires-Dist:") and "extra == 'dev'" not in line]
+    wanted = [line for line in lines if line.startswith("Requires-Dist:")]
+    return [line for line in wanted if "extra ==" not in line or any(f"extra == '{name}'" in line for name in extras)]
 
 
 def _download(state: State, wheel: Path, extras: list[str], wheels: Path, log: Path) -> None:
