@@ -21,6 +21,7 @@ from hpc_workspace import clock, errors
 from hpc_workspace.connect.ladder import climb
 from hpc_workspace.connect.streams import DoorStream, Route, open_door
 from hpc_workspace.errors import (
+    AuthError,
     ContainerError,
     JobEndedError,
     QueueTimeoutError,
@@ -283,13 +284,18 @@ class Link:
             if not self._lease_ends():
                 return error
             try:
-                final = self._read_end() or (None if self._reconnect() else self._read_end(_FAREWELL_S))
+                final = self._read_end()
+                if final is None:
+                    if (failed := self._reconnect()) is None:
+                        return error
+                    final = self._read_end(_FAREWELL_S)
             except RendezvousStaleError:
                 return ContainerError(
                     f"{record.workspace_id} on {record.node} has ended: somebody else closed it.", evidence=error.what
                 )
             if final is None:
-                return error
+                # Nobody was left to say how it ended; or somebody else has its port, and nobody tries that again.
+                return self.launched.find_end() or (failed if isinstance(failed, AuthError) else error)
             if final.failure is not None and final.restart_count == record.restart_count:
                 return as_error(final)
             if not record.may_restart:
@@ -313,15 +319,15 @@ class Link:
             log.debug("the lease has broken: %s", error)
         return True
 
-    def _reconnect(self) -> bool:
-        """Take the same way to the same life anew, so that the lease is held and the next call works."""
+    def _reconnect(self) -> WorkspaceError | None:
+        """Take the same way to the same life anew: the lease is held and the next call works. Returns why not."""
         self._let_go()
         try:
             self._connect(self._require_record(), by=self._way)
         except WorkspaceError as error:
             log.debug("no new way: %s", error)
-            return False
-        return True
+            return error
+        return None
 
     def _read_end(self, timeout_s: float = 0.0) -> Record | None:
         """The record once it says how this life ended, or is of a later one; None if it does not in time.
