@@ -194,10 +194,9 @@ class Link:
         if self._is_to_be_told():
             raise self._restarted()
         stream = self._dial_or_explain(wish, is_ours=True)
-        if call_began_s < self._life_began_s:
+        if (restarted := self.restart_since(call_began_s)) is not None:
             stream.close()
-            self._is_to_be_told()
-            raise self._restarted()
+            raise restarted
         return stream
 
     def dial_for_others(self, wish: Wish) -> DoorStream:
