@@ -94,18 +94,28 @@ class Child:
 
     def returncode(self) -> int | None:
         """Its return code, or None while it runs. Reaps it."""
-        return self._process.poll()
+        returncode = self._process.poll()
+        if returncode is not None:
+            self.drop_lifeline()
+        return returncode
 
     def wait(self, timeout_s: float) -> int | None:
         """Its return code, or None if it still runs after `timeout_s`."""
         try:
-            return self._process.wait(timeout_s)
+            returncode = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
+        self.drop_lifeline()
+        return returncode
 
     def send_signal(self, number: int) -> None:
         """Send it a signal; nothing happens if it has ended."""
         self._process.send_signal(number)
+
+    def drop_lifeline(self) -> None:
+        """Let go of the pipe that stands for us, if there is one. One that still runs takes it for our end."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
 
 _children: weakref.WeakSet[Child] = weakref.WeakSet()
@@ -114,8 +124,7 @@ _children: weakref.WeakSet[Child] = weakref.WeakSet()
 def _drop_lifelines() -> None:
     """A forked process is not the one that a lifeline stands for."""
     for child in list(_children):
-        if child._process.stdin is not None:
-            child._process.stdin.close()
+        child.drop_lifeline()
 
 
 os.register_at_fork(after_in_child=_drop_lifelines)

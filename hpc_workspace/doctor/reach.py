@@ -16,6 +16,7 @@ from hpc_workspace import clock, files
 from hpc_workspace.connect import ladder
 from hpc_workspace.connect.loopback import is_this_node
 from hpc_workspace.connect.streams import open_door
+from hpc_workspace.doctor import slurm
 from hpc_workspace.doctor.finding import Check, Finding, Verdict, fail, ok, warn
 from hpc_workspace.doctor.here import held_lock, judge_skew
 from hpc_workspace.doctor.node_job import NodeJob
@@ -156,8 +157,12 @@ def examine_node(
     try:
         job = NodeJob(options, queue_timeout_s=queue_timeout_s, say=say)
     except QueueTimeoutError as error:
-        verdict = fail(f"{error.what} {_last(error.evidence)}", "Name another partition: --node PARTITION.")
-        return "", [Finding.of(first.name, first.why, verdict)]
+        nodes = slurm.describe_nodes(options)
+        remedy = "Name another partition: --node PARTITION."
+        if nodes.are_silent:
+            remedy = f"Its slurmd, munge or network is away: tell the administrators. {remedy}"
+        found = " ".join(part for part in (error.what, _last(error.evidence), nodes.text) if part)
+        return "", [Finding.of(first.name, first.why, fail(found, remedy))]
     except (JobError, PrerequisiteError) as error:
         verdict = fail(f"{error.what} {_last(error.evidence)}".strip(), error.remedy)
         return "", [Finding.of(first.name, first.why, verdict)]

@@ -217,6 +217,48 @@ def look_partitions(site: Site) -> Verdict | None:
     return ok(f"{shown}{f'; {wanted} by the settings' if wanted else ''}")
 
 
+def describe_nodes(options: SlurmOptions) -> NodesWord:
+    """How the nodes are that a job with `options` could run on, as sinfo has it."""
+    argv = ["sinfo", "--noheader", "--Node", "--format=%N\x1f%T"]
+    argv += [f"--partition={options.partition}"] if options.partition else []
+    argv += [f"--nodes={options.nodelist}"] if options.nodelist else []
+    try:
+        ended = _ask(argv)
+    except (PrerequisiteError, processes.ProgramTimeoutError):
+        return NodesWord("", are_silent=False)
+    return parse_nodes(ended.stdout if ended.returncode == 0 else "")
+
+
+@dataclass(frozen=True)
+class NodesWord:
+    """States of nodes in sinfo's words, each with its nodes; empty where sinfo says nothing.
+
+    Attributes:
+        are_silent: whether not one of them answers Slurm.
+    """
+
+    text: str
+    are_silent: bool
+
+
+_FEW_NODES = 3
+
+
+def parse_nodes(text: str) -> NodesWord:
+    """sinfo's lines of node and state; a state that ends with * is that of a node that does not answer."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        node, _, state = (field.strip() for field in line.partition("\x1f"))
+        if state and node not in found.setdefault(state, []):
+            found[state].append(node)
+    words = [
+        f"{', '.join(nodes) if len(nodes) <= _FEW_NODES else f'{len(nodes)} nodes'}: {state}"
+        + (" (does not answer Slurm)" if state.endswith("*") else "")
+        for state, nodes in found.items()
+    ]
+    return NodesWord("; ".join(words), are_silent=bool(found) and all(state.endswith("*") for state in found))
+
+
 def look_accounting(site: Site) -> Verdict | None:
     """Whether sacct knows what became of a job."""
     if (config := _known(site)) is None:

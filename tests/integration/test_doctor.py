@@ -247,7 +247,8 @@ def test_a_node_whose_munge_is_silent(cluster: Cluster) -> None:
         again = cluster.run("login", ["srun", "--nodelist=n03", "true"])  # until Slurm has the node again
         assert again.returncode == 0, again.stderr
     assert found["node job"]["level"] == "fail"
-    assert "Zero Bytes were transmitted" in found["node job"]["found"]
+    # By the moment: Slurm may have noticed before it gives the node a job.
+    assert re.search("Zero Bytes were transmitted|n03: [a-z]+\\* ", found["node job"]["found"])
     assert "munge" in found["node job"]["remedy"]
 
 

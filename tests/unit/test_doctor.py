@@ -630,6 +630,14 @@ def test_a_partition_is_read_once_with_its_default() -> None:
     ]  # fmt: skip
 
 
+def test_nodes_are_told_by_their_states() -> None:
+    mixed = slurm.parse_nodes("n01\x1fidle\nn01\x1fidle\nn02\x1fidle\nn03\x1fdown*\n")
+    assert mixed == slurm.NodesWord("n01, n02: idle; n03: down* (does not answer Slurm)", are_silent=False)
+    assert slurm.parse_nodes("n03\x1fcompleting*\n").are_silent
+    assert slurm.parse_nodes("".join(f"n{n:02}\x1fdrained\n" for n in range(4))).text == "4 nodes: drained"
+    assert slurm.parse_nodes("") == slurm.NodesWord("", are_silent=False)
+
+
 # A node, by an srun that runs its command here.
 
 SRUN = """#!/bin/sh
