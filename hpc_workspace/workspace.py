@@ -256,7 +256,7 @@ class Workspace:
             CommandError: it could not be delivered or started.
             ServerError, TunnelError: the server or the way to it is gone.
         """
-        return self._require_client().execute(command, cwd=cwd, timeout_s=timeout, env=env)
+        return self._require_client().commands.execute(command, cwd=cwd, timeout_s=timeout, env=env)
 
     def stream_command(
         self,
@@ -269,7 +269,7 @@ class Workspace:
 
         Raises: as `execute_command`.
         """
-        return self._require_client().stream(command, cwd=cwd, timeout_s=timeout, env=env)
+        return self._require_client().commands.stream(command, cwd=cwd, timeout_s=timeout, env=env)
 
     def file_upload(self, source_path: str | Path, destination_path: str | Path) -> FileOperationResult:
         """Copy a file of ours into the workspace, whole or not at all, with its mode.
@@ -278,7 +278,7 @@ class Workspace:
             OSError: the source can't be read.
             ServerError, TunnelError: it did not arrive.
         """
-        return self._require_client().upload(Path(source_path), str(destination_path))
+        return self._require_client().files.upload(Path(source_path), str(destination_path))
 
     def file_download(self, source_path: str | Path, destination_path: str | Path) -> FileOperationResult:
         """Copy a file of the workspace to ours, whole or not at all.
@@ -288,23 +288,23 @@ class Workspace:
             OSError: the destination can't be written.
             ServerError, TunnelError: it did not arrive.
         """
-        return self._require_client().download(str(source_path), Path(destination_path))
+        return self._require_client().files.download(str(source_path), Path(destination_path))
 
     def read_file(self, path: str) -> bytes:
         """The content of a file of the workspace. Raises: as `file_download`."""
-        return self._require_client().read(path)
+        return self._require_client().files.read(path)
 
     def write_file(self, path: str, data: bytes | str, mode: int = 0o644) -> FileOperationResult:
         """Put bytes, or text as UTF-8, into a file of the workspace. Raises: as `file_upload`."""
-        return self._require_client().write(data.encode() if isinstance(data, str) else data, path, mode)
+        return self._require_client().files.write(data.encode() if isinstance(data, str) else data, path, mode)
 
     def git_changes(self, path: str = ".") -> list[GitChange]:  # type: ignore[valid-type]  # the method list hides it
         """The changed files of the repository at `path`."""
-        return self._require_client().git_changes(path)
+        return self._require_client().git.changes(path)
 
     def git_diff(self, path: str) -> GitDiff:
         """The file at `path` before and after its changes."""
-        return self._require_client().git_diff(path)
+        return self._require_client().git.diff(path)
 
     def forward(self, port: int) -> Listener:
         """A port of 127.0.0.1 here for `port` of the workspace; has `url`, `port` and `close()`."""
@@ -589,7 +589,7 @@ class ApptainerWorkspace(Workspace):
         """The bundled server makes it itself; OpenHands' runs commands where it is told, if that exists."""
         record = self._require_record()
         if record.server == "image" and record.working_dir != "/workspace":
-            made = self._require_client().execute(
+            made = self._require_client().commands.execute(
                 f"mkdir -p -- {shlex.quote(record.working_dir)}", cwd="/", timeout_s=30, env=None
             )
             if made.exit_code != 0:

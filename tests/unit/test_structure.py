@@ -15,8 +15,15 @@ ADAPTERS = {
     "paramiko": {"connect/ssh_paramiko.py"},
     # One speaks to agent servers, one to registries; workspace.py: for the type of `client` alone.
     # OpenHands' conversations want a client of httpx's; it maps what comes from below.
-    "httpx": {"client.py", "images/registry.py", "workspace.py", "integrations/openhands.py"},
-    "httpcore": {"client.py", "integrations/openhands.py"},
+    "httpx": {
+        "client/__init__.py",
+        "client/calls.py",
+        "client/transport.py",
+        "images/registry.py",
+        "workspace.py",
+        "integrations/openhands.py",
+    },
+    "httpcore": {"client/calls.py", "client/transport.py", "integrations/openhands.py"},
     "openhands": {"integrations/openhands.py"},
     "filelock": {"locks.py"},
     "jinja2": {"launch/slurm.py"},
