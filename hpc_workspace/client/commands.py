@@ -139,7 +139,6 @@ class Commands:
             ServerUnavailableError: it broke off before.
         """
         began_s = clock.now_s()
-        timeout = httpx.Timeout(read=read_timeout)
         with _command_errors(command):
             response = self._caller.send(
                 "POST",
