@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
-import httpcore
 import httpx
 
 from hpc_workspace import clock
@@ -224,21 +223,21 @@ class Caller:
         what = f"{request.method} {request.url.path}"
         try:
             response = self.http.send(request, stream=is_streamed)
-        except (httpcore.TimeoutException, httpx.TimeoutException) as error:
-            raise ServerNotReadyError(
-                f"{what}: the agent server did not answer in time.", evidence=str(error)
-            ) from error
-        except (httpcore.RemoteProtocolError, httpx.RemoteProtocolError) as error:
-            hung_up = TunnelLostError(f"{what}: the connection ended before the answer.", evidence=str(error))
-            raise self.explain(hung_up, began_s) from error
-        except (httpcore.NetworkError, httpx.TransportError) as error:
-            broke = TunnelLostError(f"{what}: the connection broke.", evidence=str(error))
-            raise self.explain(broke, began_s) from error
         except NotSentError as error:
             found = self.explain(error.reason, began_s)
             if not isinstance(found, TunnelError):
                 raise found from error.reason
             raise NotSentError(found) from error
+        except httpx.TimeoutException as error:
+            raise ServerNotReadyError(
+                f"{what}: the agent server did not answer in time.", evidence=str(error)
+            ) from error
+        except httpx.RemoteProtocolError as error:
+            hung_up = TunnelLostError(f"{what}: the connection ended before the answer.", evidence=str(error))
+            raise self.explain(hung_up, began_s) from error
+        except httpx.NetworkError as error:
+            broke = TunnelLostError(f"{what}: the connection broke.", evidence=str(error))
+            raise self.explain(broke, began_s) from error
         except (TunnelError, ServerUnavailableError) as error:  # of a stream's first bytes
             raise self.explain(error, began_s) from error.__cause__
         if response.is_success:
@@ -258,11 +257,11 @@ class Caller:
         """
         try:
             yield from pieces
-        except (httpcore.TimeoutException, httpx.TimeoutException) as error:
+        except httpx.TimeoutException as error:
             raise ServerNotReadyError(
                 "The agent server stopped in the middle of an answer.", evidence=str(error)
             ) from error
-        except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpx.TransportError) as error:
+        except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
             broke = TunnelLostError("The connection broke in the middle of an answer.", evidence=str(error))
             raise self.explain(broke, began_s) from error
         except (TunnelError, ServerUnavailableError) as error:  # of our own streams

@@ -1,10 +1,12 @@
 """httpx over streams through the door: no TLS context, no proxy, no redirect to anywhere else.
 
-What goes wrong here comes out as httpcore has it; `calls` makes our errors of it.
+What goes wrong on the way comes out as httpx's errors, whose user need not know of httpcore; what the way itself can
+say of it, as ours. `calls` makes our errors of all.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,22 @@ from hpc_workspace.connect.streams import Stream
 from hpc_workspace.errors import TunnelError, WorkspaceError
 
 _SERVER_ERROR = 500
+# The two libraries have the same names for the same things.
+_NAMES = (
+    *("ConnectTimeout", "ReadTimeout", "WriteTimeout", "PoolTimeout"),
+    *("ConnectError", "ReadError", "WriteError", "LocalProtocolError", "RemoteProtocolError"),
+)
+_AS_HTTPX: dict[type[Exception], type[httpx.TransportError]] = {
+    getattr(httpcore, name): getattr(httpx, name) for name in _NAMES
+}
+
+
+@contextlib.contextmanager
+def _httpx_errors(request: httpx.Request) -> Iterator[None]:
+    try:
+        yield
+    except tuple(_AS_HTTPX) as error:
+        raise _AS_HTTPX[type(error)](str(error), request=request) from error
 
 
 class _HttpStream(httpcore.NetworkStream):
@@ -52,12 +70,12 @@ class _HttpStream(httpcore.NetworkStream):
         return self._stream.is_readable() if info == "is_readable" else None
 
 
-class NotSentError(Exception):
+class NotSentError(httpx.ConnectError):
     """There was no connection, and nothing was sent; `reason` says why."""
 
     def __init__(self, reason: WorkspaceError) -> None:
         self.reason = reason
-        super().__init__(reason)
+        super().__init__(str(reason))
 
 
 class _DoorBackend(httpcore.NetworkBackend):
@@ -87,21 +105,21 @@ class DoorTransport(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         assert isinstance(request.stream, httpx.SyncByteStream)
-        answer = self._pool.handle_request(
-            httpcore.Request(
-                method=request.method,
-                url=httpcore.URL(
-                    scheme=request.url.raw_scheme,
-                    host=request.url.raw_host,
-                    port=request.url.port,
-                    target=request.url.raw_path,
-                ),
-                headers=request.headers.raw,
-                content=request.stream,
-                extensions=request.extensions,
-            )
+        asked = httpcore.Request(
+            method=request.method,
+            url=httpcore.URL(
+                scheme=request.url.raw_scheme,
+                host=request.url.raw_host,
+                port=request.url.port,
+                target=request.url.raw_path,
+            ),
+            headers=request.headers.raw,
+            content=request.stream,
+            extensions=request.extensions,
         )
-        body = _Body(answer, is_last=answer.status >= _SERVER_ERROR)
+        with _httpx_errors(request):
+            answer = self._pool.handle_request(asked)
+        body = _Body(answer, request, is_last=answer.status >= _SERVER_ERROR)
         return httpx.Response(answer.status, headers=answer.headers, stream=body, extensions=answer.extensions)
 
     def close(self) -> None:
@@ -115,13 +133,15 @@ class _Body(httpx.SyncByteStream):
     request.
     """
 
-    def __init__(self, answer: httpcore.Response, *, is_last: bool) -> None:
+    def __init__(self, answer: httpcore.Response, request: httpx.Request, *, is_last: bool) -> None:
         self._answer = answer
+        self._request = request
         self._is_last = is_last
 
     def __iter__(self) -> Iterator[bytes]:
         assert not isinstance(self._answer.stream, bytes)
-        yield from self._answer.iter_stream()
+        with _httpx_errors(self._request):
+            yield from self._answer.iter_stream()
 
     def close(self) -> None:
         if self._is_last:

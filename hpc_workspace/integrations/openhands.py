@@ -3,34 +3,39 @@
 Needs the extra `openhands` (Python >= 3.12). Importing this module imports OpenHands' SDK, which takes seconds. There
 is nothing here about containers, jobs or tunnels: an `ApptainerWorkspace` does all of it, and this wraps one.
 
-Source: openhands-sdk 1.58.2, RemoteWorkspace, RemoteConversation and WebSocketCallbackClient.
+Source: openhands-sdk 1.57.0 to 1.58.2: RemoteWorkspace, RemoteConversation and WebSocketCallbackClient.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import sys
 import threading
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-import httpcore
 import httpx
 from pydantic import Field, PrivateAttr
 
 from hpc_workspace import clock
+from hpc_workspace.client.transport import NotSentError
 from hpc_workspace.connect.listener import Listener
-from hpc_workspace.connect.streams import SocketStream
+from hpc_workspace.connect.streams import RefusedError, SocketStream
 from hpc_workspace.errors import (
     AuthError,
     HostKeyError,
     ServerResponseError,
     ServerUnavailableError,
     TunnelError,
+    TunnelLostError,
+    WorkspaceError,
 )
 from hpc_workspace.options import Connect, PullPolicy, SlurmOptions, WorkspaceOptions, this_platform
 from hpc_workspace.workspace import ApptainerWorkspace, Workspace
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
 try:
     from openhands.sdk.conversation.impl.remote_conversation import RemoteConversation
     from openhands.sdk.git.models import GitChange, GitDiff
+    from openhands.sdk.secret import LookupSecret
     from openhands.sdk.workspace import RemoteWorkspace
     from openhands.sdk.workspace.models import CommandResult, FileOperationResult
 except ImportError as error:
@@ -130,6 +136,7 @@ class HpcWorkspace(RemoteWorkspace):  # type: ignore[misc]  # OpenHands' SDK is 
         fields |= {"host": front.url, "api_key": workspace.api_key, "working_dir": workspace.working_dir}
         super().__init__(**fields)
         self._workspace, self._front = workspace, front
+        _go_round_proxies()
 
     @classmethod
     def attach(cls, workspace_id: str, *, connect: Connect = "auto") -> HpcWorkspace:
@@ -181,7 +188,7 @@ class HpcWorkspace(RemoteWorkspace):  # type: ignore[misc]  # OpenHands' SDK is 
                 base_url=self.host,
                 timeout=httpx.Timeout(connect=10.0, read=self.read_timeout, write=10.0, pool=10.0),
                 headers=self._headers,
-                transport=_HealingTransport(self._workspace),
+                transport=_HealingTransport(self._workspace.client, self._workspace._require_link().explain),
                 trust_env=False,
             )
         return client
@@ -231,6 +238,17 @@ class HpcWorkspace(RemoteWorkspace):  # type: ignore[misc]  # OpenHands' SDK is 
     def git_diff(self, path: str | Path) -> GitDiff:
         """The file at `path` before and after its changes."""
         return GitDiff(**self._workspace.git_diff(str(path)).model_dump())
+
+    def get_secrets(self, *arguments: Any, **named: Any) -> dict[str, LookupSecret]:
+        """The secrets that the agent server keeps, as references for `conversation.update_secrets`: arguments as there.
+
+        They name no host, and the agent server takes that for itself. OpenHands' own name the port that its client
+        uses; in there, that port and the key that is sent with the reference may be a stranger's.
+        """
+        secrets: dict[str, LookupSecret] = super().get_secrets(*arguments, **named)
+        for secret in secrets.values():
+            secret.url = urlsplit(secret.url).path
+        return secrets
 
     def forward(self, port: int) -> Listener:
         """A port of 127.0.0.1 here for `port` of the workspace; see `Workspace.forward`."""
@@ -350,25 +368,34 @@ class _Connection(SocketStream):
 
 
 class _HealingTransport(httpx.BaseTransport):
-    """Requests through the door, tried again for 90 s where that can't do a thing twice; httpx's errors outside.
+    """Requests through the door, tried again for 90 s where that can't do a thing twice.
 
     OpenHands' conversations poll on after an `httpx.RequestError`. Any other error ends their run: those of a workspace
     that is over, or runs anew.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
+    def __init__(self, client: httpx.Client, explain: Callable[[WorkspaceError, float], WorkspaceError]) -> None:
+        self._client = client
+        self._explain = explain
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """The answer.
+
+        Raises:
+            TunnelLostError: it broke under a request that can't be repeated, and that may have arrived.
+            httpx.TransportError: there is no way, or no answer.
+            WorkspaceError: there will be none.
+        """
         deadline, pauses_s = clock.Deadline(_HEAL_S), clock.pauses_s(*_TRIES_S)
         while True:
+            began_s = clock.now_s()
             try:
                 return self._send(request)
             except httpx.ConnectError as error:
                 broke: httpx.TransportError = error
             except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
                 if not _may_repeat(request):
-                    raise
+                    raise self._explain(_may_have_arrived(request, error), began_s) from error
                 broke = error
             if deadline.is_over:
                 raise broke
@@ -384,7 +411,7 @@ class _HealingTransport(httpx.BaseTransport):
             WorkspaceError: there will be no way.
         """
         with _httpx_errors(request):
-            answer = self._workspace.client.send(request, stream=True)
+            answer = self._client.send(request, stream=True)
             stream: httpx.SyncByteStream = _Body(answer, request)
             if answer.headers.get("content-type", "").startswith("application/json"):
                 stream = httpx.ByteStream(b"".join(stream))  # here it can be asked for again
@@ -401,21 +428,36 @@ def _may_repeat(request: httpx.Request) -> bool:
     return request.method in _SAFE or (request.method == "POST" and request.url.path.endswith("/run"))
 
 
+def _may_have_arrived(request: httpx.Request, broke: httpx.TransportError) -> TunnelLostError:
+    """What to say of a request that broke, and that the server can't tell from a second one of its kind."""
+    remedy = "Look whether it did before you do it again; the workspace itself goes on."
+    if request.url.path.endswith("/events"):
+        remedy = (
+            "Call conversation.state.events.reconcile(), and send the message again if it is not among"
+            " conversation.state.events."
+        )
+    return TunnelLostError(
+        f"The connection broke under {request.method} {request.url.path}: it may have arrived, or not.",
+        evidence=str(broke),
+        remedy=remedy,
+    )
+
+
 @contextlib.contextmanager
 def _httpx_errors(request: httpx.Request) -> Iterator[None]:
-    """What breaks below as httpx's own errors; those that can't pass by themselves stay as they are."""
+    """Our errors that may pass as httpx's own; those that can't stay as they are."""
     try:
         yield
-    except (AuthError, HostKeyError):
+    except NotSentError as error:
+        if isinstance(error.reason, (AuthError, HostKeyError)):
+            raise error.reason from error
         raise
+    except (AuthError, HostKeyError, RefusedError):
+        raise
+    except TunnelLostError as error:
+        raise httpx.ReadError(str(error), request=request) from error
     except (TunnelError, ServerUnavailableError) as error:
         raise httpx.ConnectError(str(error), request=request) from error
-    except httpcore.TimeoutException as error:
-        raise httpx.ReadTimeout(str(error), request=request) from error
-    except httpcore.RemoteProtocolError as error:
-        raise httpx.RemoteProtocolError(str(error), request=request) from error
-    except httpcore.NetworkError as error:
-        raise httpx.ReadError(str(error), request=request) from error
 
 
 class _Body(httpx.SyncByteStream):
@@ -429,6 +471,19 @@ class _Body(httpx.SyncByteStream):
 
     def close(self) -> None:
         self._answer.close()
+
+
+def _go_round_proxies() -> None:
+    """Have this process talk to 127.0.0.1 itself, where its environment names a proxy.
+
+    OpenHands' WebSocket goes by the proxy for all that `no_proxy` does not name, and would hand it the key.
+    """
+    named = urllib.request.getproxies()
+    if not named.keys() - {"no"} or urllib.request.proxy_bypass("127.0.0.1"):
+        return
+    bypassed = ",".join(filter(None, (named.get("no"), "127.0.0.1")))
+    log.info("no_proxy is now %s: what is sent to the workspace must not go to a proxy", bypassed)
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = bypassed
 
 
 __all__ = ["HpcWorkspace"]

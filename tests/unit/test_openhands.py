@@ -6,6 +6,7 @@ Skipped where the SDK is not installed (it needs Python >= 3.12): `pip install -
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -17,11 +18,14 @@ import pytest
 
 pytest.importorskip("openhands.sdk", reason="needs the extra openhands, in Python >= 3.12")
 
-import httpcore
 import httpx
 from openhands.sdk.workspace import RemoteWorkspace
+from websockets.proxy import get_proxy
+from websockets.uri import parse_uri
 
 from hpc_workspace import errors
+from hpc_workspace.client.transport import DoorTransport
+from hpc_workspace.connect.streams import SocketStream
 from hpc_workspace.integrations import openhands
 from hpc_workspace.integrations.openhands import HpcWorkspace
 from hpc_workspace.options import WorkspaceOptions
@@ -77,14 +81,20 @@ def test_the_package_does_not_import_openhands() -> None:
 
 
 class _Server:
-    """Answers each request in turn with what it is given: bytes, or nothing at all."""
+    """Answers each request in turn with what it is given: bytes, or nothing at all. Dialled as a workspace's is."""
 
     def __init__(self, *answers: bytes) -> None:
         self._answers = list(answers)
         self.asked: list[bytes] = []
+        self.refusals: list[errors.WorkspaceError] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
-        self.client = httpx.Client(transport=_Raw(self._socket.getsockname()[1]), base_url="http://workspace")
+        self._ours = httpx.Client(transport=DoorTransport(self._dial, 0.0), base_url="http://workspace")
         threading.Thread(target=self._serve, daemon=True).start()
+
+    def _dial(self) -> SocketStream:
+        if self.refusals:
+            raise self.refusals.pop(0)
+        return SocketStream(socket.create_connection(self._socket.getsockname()))
 
     def _serve(self) -> None:
         with contextlib.suppress(OSError):
@@ -94,20 +104,13 @@ class _Server:
                     self.asked.append(connection.recv(65536).split(b" HTTP")[0])
                     connection.sendall(self._answers.pop(0))
 
+    def client(self, why: errors.WorkspaceError | None = None) -> httpx.Client:
+        """OpenHands' client of it; whatever breaks was broken by `why`."""
+        transport = openhands._HealingTransport(self._ours, lambda error, since_s: why or error)
+        return httpx.Client(transport=transport, base_url="http://127.0.0.1:1")
+
     def close(self) -> None:
         self._socket.close()
-
-
-class _Raw(httpx.BaseTransport):
-    """As a workspace's client: httpcore's errors come through as they are."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._pool = httpcore.ConnectionPool(max_keepalive_connections=0)
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        answer = self._pool.request(request.method, f"http://127.0.0.1:{self._port}{request.url.path}")
-        return httpx.Response(answer.status, headers=answer.headers, stream=httpx.ByteStream(answer.content))
 
 
 @pytest.fixture
@@ -121,22 +124,45 @@ def servers() -> Iterator[list[_Server]]:
 GOOD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
 
-def _client(server: _Server) -> httpx.Client:
-    return httpx.Client(transport=openhands._HealingTransport(server), base_url="http://127.0.0.1:1")  # type: ignore[arg-type]
+MESSAGE = "/api/conversations/x/events"
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/api/conversations/x"), ("POST", "/api/conversations/x/run")])
 def test_what_does_nothing_twice_is_asked_again_after_a_break(servers: list[_Server], method: str, path: str) -> None:
     servers.append(server := _Server(b"", GOOD))
-    assert _client(server).request(method, path).json() == {}
+    assert server.client().request(method, path).json() == {}
     assert server.asked == [f"{method} {path}".encode()] * 2
 
 
-def test_a_message_that_may_have_arrived_is_not_sent_twice(servers: list[_Server]) -> None:
+def test_a_message_that_may_have_arrived_is_not_sent_twice_and_it_is_said_what_to_do(servers: list[_Server]) -> None:
     servers.append(server := _Server(b"", GOOD))
-    with pytest.raises(httpx.RemoteProtocolError):
-        _client(server).post("/api/conversations/x/events", json={})
+    with pytest.raises(errors.TunnelLostError, match="it may have arrived, or not") as caught:
+        server.client().post(MESSAGE, json={})
+    assert "conversation.state.events.reconcile()" in str(caught.value)
     assert len(server.asked) == 1
+
+
+def test_a_message_under_which_the_workspace_ended_says_that(servers: list[_Server]) -> None:
+    servers.append(server := _Server(b""))
+    with pytest.raises(errors.ContainerError, match="it has ended"):
+        server.client(errors.ContainerError("it has ended")).post(MESSAGE, json={})
+
+
+def test_a_message_that_found_no_way_is_sent_once_there_is_one(servers: list[_Server]) -> None:
+    servers.append(server := _Server(GOOD))
+    server.refusals += [errors.TunnelError("no way"), errors.TunnelLostError("broken")]
+    assert server.client().post(MESSAGE, json={}).json() == {}
+    assert server.asked == [f"POST {MESSAGE}".encode()]
+
+
+@pytest.mark.parametrize("kind", [errors.AuthError, errors.HostKeyError, errors.ContainerError])
+def test_a_way_that_there_will_not_be_is_not_waited_for(
+    servers: list[_Server], kind: type[errors.WorkspaceError]
+) -> None:
+    servers.append(server := _Server(GOOD))
+    server.refusals.append(kind("never"))
+    with pytest.raises(kind, match="never"):
+        server.client().get("/api/conversations/x")
 
 
 def test_the_end_of_the_workspace_is_no_errand_of_the_network() -> None:
@@ -157,6 +183,35 @@ def test_a_websocket_is_told_by_its_conversation() -> None:
     assert peer.recv(100).startswith(b"GET /sockets/events/")
     assert peer.recv(100) == b""
     peer.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "bypassed"),
+    [
+        ({"HTTPS_PROXY": "http://proxy:1"}, "127.0.0.1"),
+        ({"http_proxy": "http://proxy:1", "NO_PROXY": "a.example,b"}, "a.example,b,127.0.0.1"),
+        ({"http_proxy": "http://proxy:1", "no_proxy": "127.0.0.1"}, "127.0.0.1"),
+        ({"http_proxy": "http://proxy:1", "no_proxy": "*"}, "*"),
+        ({}, None),
+    ],
+)
+def test_the_way_to_the_workspace_goes_round_every_proxy(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], bypassed: str | None
+) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "")  # so that it is as before afterwards, whatever the code sets
+    monkeypatch.setenv("NO_PROXY", "")
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ.pop(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    openhands._go_round_proxies()
+    assert os.environ.get("no_proxy") == bypassed
+    uri = parse_uri("ws://127.0.0.1:8000/sockets/events/x")
+    assert get_proxy(uri) is None
+    assert (get_proxy(parse_uri("ws://elsewhere:8000/")) is None) == ("proxy:1" not in str(given) or bypassed == "*")
 
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:

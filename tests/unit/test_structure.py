@@ -14,7 +14,7 @@ ADAPTERS = {
     "subprocess": {"processes.py", "server/children.py", "server/commands.py"},  # the server imports nothing of ours
     "paramiko": {"connect/ssh_paramiko.py"},
     # One speaks to agent servers, one to registries; workspace.py: for the type of `client` alone.
-    # OpenHands' conversations want a client of httpx's; it maps what comes from below.
+    # OpenHands' conversations want a client of httpx's.
     "httpx": {
         "client/__init__.py",
         "client/calls.py",
@@ -23,7 +23,7 @@ ADAPTERS = {
         "workspace.py",
         "integrations/openhands.py",
     },
-    "httpcore": {"client/calls.py", "client/transport.py", "integrations/openhands.py"},
+    "httpcore": {"client/transport.py"},
     "openhands": {"integrations/openhands.py"},
     "filelock": {"locks.py"},
     "jinja2": {"launch/slurm.py"},
