@@ -1,10 +1,11 @@
 """OpenHands' workspace, without a container: what it is, what it takes, what it says. Needs the extra `openhands`.
 
-Skipped where the SDK is not installed (it needs Python >= 3.12): `pip install -e '.[openhands]'`.
+`make test-openhands` runs it, in a Python >= 3.12 that has it; where the SDK is not installed it is skipped.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -16,12 +17,11 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("openhands.sdk", reason="needs the extra openhands, in Python >= 3.12")
+pytest.importorskip("openhands.sdk", reason="make test-openhands runs it, in Python >= 3.12")
 
 import httpx
+import websockets
 from openhands.sdk.workspace import RemoteWorkspace
-from websockets.proxy import get_proxy
-from websockets.uri import parse_uri
 
 from hpc_workspace import errors
 from hpc_workspace.client.transport import DoorTransport
@@ -88,6 +88,7 @@ class _Server:
         self.asked: list[bytes] = []
         self.refusals: list[errors.WorkspaceError] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
         self._ours = httpx.Client(transport=DoorTransport(self._dial, 0.0), base_url="http://workspace")
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -185,18 +186,21 @@ def test_a_websocket_is_told_by_its_conversation() -> None:
     peer.close()
 
 
+PROXY = "http://127.0.0.1:9"  # nobody listens there
+
+
 @pytest.mark.parametrize(
     ("given", "bypassed"),
     [
-        ({"HTTPS_PROXY": "http://proxy:1"}, "127.0.0.1"),
-        ({"http_proxy": "http://proxy:1", "NO_PROXY": "a.example,b"}, "a.example,b,127.0.0.1"),
-        ({"http_proxy": "http://proxy:1", "no_proxy": "127.0.0.1"}, "127.0.0.1"),
-        ({"http_proxy": "http://proxy:1", "no_proxy": "*"}, "*"),
+        ({"HTTPS_PROXY": PROXY}, "127.0.0.1"),
+        ({"http_proxy": PROXY, "NO_PROXY": "a.example,b"}, "a.example,b,127.0.0.1"),
+        ({"http_proxy": PROXY, "no_proxy": "127.0.0.1"}, "127.0.0.1"),
+        ({"http_proxy": PROXY, "no_proxy": "*"}, "*"),
         ({}, None),
     ],
 )
 def test_the_way_to_the_workspace_goes_round_every_proxy(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], bypassed: str | None
+    monkeypatch: pytest.MonkeyPatch, servers: list[_Server], given: dict[str, str], bypassed: str | None
 ) -> None:
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
@@ -209,9 +213,16 @@ def test_the_way_to_the_workspace_goes_round_every_proxy(
         monkeypatch.setenv(name, value)
     openhands._go_round_proxies()
     assert os.environ.get("no_proxy") == bypassed
-    uri = parse_uri("ws://127.0.0.1:8000/sockets/events/x")
-    assert get_proxy(uri) is None
-    assert (get_proxy(parse_uri("ws://elsewhere:8000/")) is None) == ("proxy:1" not in str(given) or bypassed == "*")
+    servers.append(workspace := _Server(b""))
+    with pytest.raises(websockets.exceptions.InvalidMessage):  # it hangs up
+        asyncio.run(_open_websocket(f"ws://127.0.0.1:{workspace.port}/sockets/events/x"))
+    assert workspace.asked == [b"GET /sockets/events/x"]
+
+
+async def _open_websocket(url: str) -> None:
+    """As OpenHands' conversations do."""
+    async with websockets.connect(url):
+        raise AssertionError("it is no server of WebSockets")
 
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:
