@@ -188,10 +188,13 @@ class HpcWorkspace(RemoteWorkspace):  # type: ignore[misc]  # OpenHands' SDK is 
                 base_url=self.host,
                 timeout=httpx.Timeout(connect=10.0, read=self.read_timeout, write=10.0, pool=10.0),
                 headers=self._headers,
-                transport=_HealingTransport(self._workspace.client, self._workspace._require_link().explain),
+                transport=_HealingTransport(lambda: self._workspace.client, self._explain),
                 trust_env=False,
             )
         return client
+
+    def _explain(self, error: WorkspaceError, since_s: float) -> WorkspaceError:
+        return self._workspace._require_link().explain(error, since_s)
 
     @property
     def alive(self) -> bool:
@@ -374,7 +377,9 @@ class _HealingTransport(httpx.BaseTransport):
     that is over, or runs anew.
     """
 
-    def __init__(self, client: httpx.Client, explain: Callable[[WorkspaceError, float], WorkspaceError]) -> None:
+    def __init__(
+        self, client: Callable[[], httpx.Client], explain: Callable[[WorkspaceError, float], WorkspaceError]
+    ) -> None:
         self._client = client
         self._explain = explain
 
@@ -411,7 +416,7 @@ class _HealingTransport(httpx.BaseTransport):
             WorkspaceError: there will be no way.
         """
         with _httpx_errors(request):
-            answer = self._client.send(request, stream=True)
+            answer = self._client().send(request, stream=True)
             stream: httpx.SyncByteStream = _Body(answer, request)
             if answer.headers.get("content-type", "").startswith("application/json"):
                 stream = httpx.ByteStream(b"".join(stream))  # here it can be asked for again

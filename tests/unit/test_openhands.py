@@ -107,7 +107,7 @@ class _Server:
 
     def client(self, why: errors.WorkspaceError | None = None) -> httpx.Client:
         """OpenHands' client of it; whatever breaks was broken by `why`."""
-        transport = openhands._HealingTransport(self._ours, lambda error, since_s: why or error)
+        transport = openhands._HealingTransport(lambda: self._ours, lambda error, since_s: why or error)
         return httpx.Client(transport=transport, base_url="http://127.0.0.1:1")
 
     def close(self) -> None:
