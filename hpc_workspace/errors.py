@@ -9,6 +9,10 @@
     │   ├── QueueTimeoutError (TimeoutError)
     │   ├── JobEndedError                   the job ended before, or while, it was needed
     │   └── SchedulerUnavailableError (ConnectionError)
+    ├── FileError (OSError)                 a file can't be read or written, on this side or in the workspace
+    │   ├── FileChangedError                it changed while it was read, again and again
+    │   ├── UnsafeFileError                 a directory from a workspace holds what is not to be had: a hard link, `..`
+    │   └── ServerFileError (also a ServerResponseError)    the workspace's own file system says no
     ├── ImageError (RuntimeError)           an image that is missing, broken, or can't be pulled
     ├── ContainerError (RuntimeError)       the container or its server did not start, or is gone
     ├── SandboxRestarted                    Slurm requeued the job: the workspace runs anew, its files are gone
@@ -128,6 +132,38 @@ class SchedulerUnavailableError(JobError, ConnectionError):
     """Slurm did not answer. That says nothing about the job."""
 
 
+class FileError(WorkspaceError, OSError):
+    """A file or directory can't be read or written. `path` names it; `errno` is the system's, 0 where it gave none."""
+
+    path: str
+
+    def __init__(self, what: str, *, path: str = "", errno: int = 0, evidence: str = "", remedy: str = "") -> None:
+        super().__init__(what, evidence=evidence, remedy=remedy)
+        self.path = path
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # OSError keeps its number where `__dict__` has nothing of it.
+        return _rebuild_with_errno, (type(self), self.args, self.__dict__, self.errno)
+
+
+def _rebuild_with_errno(
+    kind: type[FileError], args: tuple[Any, ...], state: dict[str, Any], errno: int | None
+) -> WorkspaceError:
+    error = _rebuild(kind, args, state)
+    assert isinstance(error, FileError)
+    error.errno = errno
+    return error
+
+
+class FileChangedError(FileError):
+    """A file, or something in a directory, changed while it was read, at every try. Nothing was left of it."""
+
+
+class UnsafeFileError(FileError):
+    """Something in a directory is not to be had. `path` is its name there. Nothing was left of it."""
+
+
 class ImageError(WorkspaceError, RuntimeError):
     """An image is missing, is not what it claims to be, or can't be fetched."""
 
@@ -201,7 +237,13 @@ class AuthError(TunnelError):
 
 
 class TunnelLostError(TunnelError):
-    """An open connection to the door broke."""
+    """An open connection to the door broke.
+
+    Attributes:
+        is_way_made_anew: the whole way had broken, not this connection alone, and there is another by now.
+    """
+
+    is_way_made_anew: bool = False
 
 
 class ServerError(WorkspaceError):
@@ -223,4 +265,14 @@ class ServerResponseError(ServerError):
 
     def __init__(self, what: str, *, status: int = 0, evidence: str = "", remedy: str = "") -> None:
         super().__init__(what, evidence=evidence, remedy=remedy)
+        self.status = status
+
+
+class ServerFileError(FileError, ServerResponseError):
+    """The workspace's file system says no. `status` is the HTTP status: 404 not there, 403 forbidden, 507 full."""
+
+    def __init__(
+        self, what: str, *, path: str = "", errno: int = 0, status: int = 0, evidence: str = "", remedy: str = ""
+    ) -> None:
+        super().__init__(what, path=path, errno=errno, evidence=evidence, remedy=remedy)
         self.status = status

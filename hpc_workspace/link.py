@@ -48,6 +48,9 @@ _SLURM_LOOK_S = (0.02, 0.5, 1.1)
 _LAST_LOOK_S = 1.0
 # How long a broken connection may take to turn out to be the end of the workspace.
 _FAREWELL_S = 3.0
+# A way that was cut sooner than this after it was made, would be cut again by what cut it.
+_SHORT_WAY_S = 10.0
+_NEIGHBOURS_S = 60.0
 # Slurm tells of a job's end when its epilog is done and the answer that we have is not 2 s old any more.
 _JOB_END_S = 6.0
 
@@ -95,6 +98,7 @@ class Link:
         self._inquired_s = -math.inf
         # Calls that began before this were cut off by the end of an earlier life.
         self._life_began_s = -math.inf
+        self._way_began_s = -math.inf
         _links.add(self)
 
     def __repr__(self) -> str:
@@ -174,6 +178,7 @@ class Link:
             self._life_began_s = life_began_s
         # The route last: from here on calls go by it.
         self._lease, self._route = lease, route
+        self._way_began_s = clock.now_s()
         self.launched.note_ready(record.node)
         if self.launched.job_id is not None:
             watch.add(self)
@@ -266,14 +271,17 @@ class Link:
                 return self._restarted()
             if self._lost is not None or self._closed.is_set():
                 return self._lost or self._closed_error()
-            if since_s < self._inquired_s:
-                return error
-            try:
-                return self._inquire(error, is_ours=is_ours)
-            except WorkspaceError as found:
-                return found
-            finally:
-                self._inquired_s = clock.now_s()
+            found = error
+            if since_s >= self._inquired_s:
+                try:
+                    found = self._inquire(error, is_ours=is_ours)
+                except WorkspaceError as other:
+                    found = other
+                finally:
+                    self._inquired_s = clock.now_s()
+            if isinstance(found, TunnelLostError):
+                found.is_way_made_anew = since_s < self._way_began_s
+            return found
 
     def _inquire(self, error: WorkspaceError, *, is_ours: bool) -> WorkspaceError:
         """The door says goodbye on the lease once all is gone and the record says why. If the node program itself was
@@ -321,12 +329,26 @@ class Link:
     def _reconnect(self) -> WorkspaceError | None:
         """Take the same way to the same life anew: the lease is held and the next call works. Returns why not."""
         self._let_go()
+        if clock.now_s() - self._way_began_s < _SHORT_WAY_S:
+            self._wait_for_neighbours()
         try:
             self._connect(self._require_record(), by=self._way)
         except WorkspaceError as error:
             log.debug("no new way: %s", error)
             return error
         return None
+
+    def _wait_for_neighbours(self) -> None:
+        """Wait until no job of ours ends on the node any more.
+
+        With pam_slurm_adopt a job that is ending adopts each new login, which Slurm then kills; and as long as there
+        are new ones, the job does not end. Seen with Slurm 24.11, whose pauses between two looks grow to 8 s.
+        """
+        record, deadline = self._require_record(), clock.Deadline(_NEIGHBOURS_S)
+        for pause_s in clock.pauses_s(*_SLURM_LOOK_S):
+            if deadline.is_over or not self.launched.has_ending_neighbour(record.node) or self._closed.wait(pause_s):
+                return
+            log.info("%s: another job is ending on %s, which may cut logins", record.workspace_id, record.node)
 
     def _read_end(self, timeout_s: float = 0.0) -> Record | None:
         """The record once it says how this life ended, or is of a later one; None if it does not in time.

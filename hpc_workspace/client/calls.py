@@ -107,7 +107,7 @@ class Patience:
         if clock.now_s() - began_s > _LASTED_S:
             self.renew()
         self._deadline = self._deadline or clock.Deadline(_HEAL_S)
-        self._breaks += isinstance(error, (TunnelLostError, ServerUnavailableError))
+        self._breaks += _is_hang_up(error)
         may_pass = isinstance(error, (TunnelError, ServerUnavailableError))
         if isinstance(error, (AuthError, HostKeyError)) or not may_pass:
             raise error
@@ -115,6 +115,16 @@ class Patience:
             raise error
         log.info("trying again: %s", error.what)
         clock.sleep(next(self._pauses_s))
+
+
+def _is_hang_up(error: WorkspaceError) -> bool:
+    """Whether the server may have hung up on this request; the whole way can break any number of times.
+
+    With pam_slurm_adopt, for one, each login is cut that a job adopts which is ending.
+    """
+    if isinstance(error, TunnelLostError):
+        return not error.is_way_made_anew
+    return isinstance(error, ServerUnavailableError)
 
 
 class Caller:

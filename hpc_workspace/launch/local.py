@@ -68,6 +68,9 @@ class LocalLaunched:
     def has_left(self, node: str) -> bool:
         return False
 
+    def has_ending_neighbour(self, node: str) -> bool:
+        return False
+
     def end(self) -> None:
         self._child.send_signal(signal.SIGTERM)
 
@@ -119,6 +122,9 @@ class LocalAttached:
         """Nothing: an end is called the same before and after."""
 
     def has_left(self, node: str) -> bool:
+        return False
+
+    def has_ending_neighbour(self, node: str) -> bool:
         return False
 
     def end(self) -> None:

@@ -207,11 +207,22 @@ class JobView:
         Raises:
             SchedulerUnavailableError: Slurm does not answer, which says nothing about the job.
         """
+        return self._known(max_age_s, not_before_s).get(job_id)
+
+    def ending_on(self, node: str, *, max_age_s: float) -> set[str]:
+        """The ids of the jobs that are ending on `node`, and still have processes there as far as Slurm knows.
+
+        Raises: as `status`.
+        """
+        jobs = self._known(max_age_s, -math.inf)
+        return {job_id for job_id, status in jobs.items() if (status.state, status.node) == ("COMPLETING", node)}
+
+    def _known(self, max_age_s: float, not_before_s: float) -> dict[str, JobStatus]:
         with self._lock:
             asked = self._asked
             if asked is None or asked.elapsed_s >= max_age_s or asked.started_s < not_before_s:
                 self._ask_unless_silent()
-            return self._jobs.get(job_id)
+            return self._jobs
 
     def _ask_unless_silent(self) -> None:
         """Ask anew; a controller that has just been silent is not asked again by each who wants to know of a job."""
@@ -312,6 +323,12 @@ class SlurmLaunched:
         """By the last answer that there was: `find_end` asks for a new one."""
         status = self._last
         return status.is_waiting or (status.state == "RUNNING" and status.node not in ("", node))
+
+    def has_ending_neighbour(self, node: str) -> bool:
+        try:
+            return bool(view.ending_on(node, max_age_s=_ENDING_AGE_S) - {self._job})
+        except SchedulerUnavailableError:
+            return False
 
     def end(self) -> None:
         """Cancel the job, unless it is known to have ended.

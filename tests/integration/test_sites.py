@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.integration.cluster import Cluster
+from tests.integration.cluster import COMPUTE, Cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -78,6 +78,30 @@ def no_key(cluster: Cluster) -> Iterator[None]:
         cluster.run("login", ["sh", "-c", "mv ~/.ssh/away ~/.ssh/authorized_keys"])
 
 
+def restart_slurm(cluster: Cluster) -> None:
+    daemons = [*((node, "slurmd") for node in COMPUTE), ("login", "slurmctld")]
+    for node, daemon in daemons:
+        cluster.call("daemon", "stop", node, daemon)
+    for node, daemon in reversed(daemons):
+        cluster.call("daemon", "start", node, daemon)
+
+
+@contextlib.contextmanager
+def adopting(cluster: Cluster) -> Iterator[None]:
+    """pam_slurm_adopt: who has no job on a node can't log in, and a login ends with the job that adopted it."""
+    keep, mend = "cp -p {0} {0}.away; echo {1} >> {0}", "mv {0}.away {0}"
+    slurm, pam = "/etc/slurm/slurm.conf", "/etc/pam.d/sshd"
+    cluster.run("login", ["sh", "-c", keep.format(slurm, "PrologFlags=contain")], user="root")
+    cluster.run(NODE, ["sh", "-c", keep.format(pam, "account required pam_slurm_adopt.so")], user="root")
+    try:
+        restart_slurm(cluster)
+        yield
+    finally:
+        cluster.run("login", ["sh", "-c", mend.format(slurm)], user="root")
+        cluster.run(NODE, ["sh", "-c", mend.format(pam)], user="root")
+        restart_slurm(cluster)
+
+
 Site = Callable[[Cluster], contextlib.AbstractContextManager[None]]
 SITES: dict[str, tuple[Site, str, str]] = {
     "nothing is forbidden": (lambda c: contextlib.nullcontext(), "", "paramiko"),
@@ -85,6 +109,7 @@ SITES: dict[str, tuple[Site, str, str]] = {
     "AllowTcpForwarding no": (lambda c: sshd_with(c, "AllowTcpForwarding no\n"), "", "srun"),
     "DisableForwarding yes": (lambda c: sshd_with(c, "DisableForwarding yes\n"), "", "srun"),
     "DisableForwarding yes, and no srun": (lambda c: sshd_with(c, "DisableForwarding yes\n"), NO_SRUN, "ssh-command"),
+    "pam_slurm_adopt": (adopting, "", "paramiko"),
     "no sshd on the nodes": (sshd_away, "", "srun"),
     "no password-less SSH": (no_key, "", "srun"),
 }
@@ -103,6 +128,35 @@ def test_auto_reaches_the_workspace(cluster: Cluster, name: str) -> None:
             again = cluster.tell("login", before + REACH)
             assert again["route"] == route
     assert cluster.leftovers() == {}
+
+
+ADOPTED = f"""
+import threading
+def made():
+    slurm = SlurmOptions(partition="cpu", time="10", mem="500M", nodelist={NODE!r})
+    return ApptainerWorkspace(runtime="process", slurm=slurm, connect=CONNECT).start()
+old, young = made(), made()
+results = []
+command = "mkfifo gate; echo ran >> runs; echo > began; cat gate; cat runs"
+running = threading.Thread(target=lambda: results.append(young.execute_command(command).stdout))
+running.start()
+young.execute_command("until [ -e began ]; do sleep 0.01; done")
+old.close()
+young.execute_command("echo go > gate")
+running.join()
+tell(results=results)
+young.close()
+"""
+
+
+def test_a_connection_that_was_adopted_by_a_job_that_ends_is_made_again_for_the_others(cluster: Cluster) -> None:
+    with adopting(cluster):
+        refused = cluster.run("login", ["ssh", "-o", "BatchMode=yes", NODE, "true"])
+        assert "you have no active jobs on this node" in refused.stderr
+        for connect in ("paramiko", "ssh-command"):
+            told = cluster.tell("login", f"CONNECT = {connect!r}\n{ADOPTED}")
+            assert told["results"] == ["go\nran\n"], told["stderr"]
+        assert cluster.leftovers() == {}
 
 
 def test_where_there_is_no_way_each_one_says_why_on_one_screen(cluster: Cluster) -> None:
