@@ -5,22 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_workspace.cli import EXIT_TIMEOUT
 from hpc_workspace.cli.doctor import doctor
 from hpc_workspace.cli.images import images
+from hpc_workspace.cli.output import as_line, print_stream
+from hpc_workspace.cli.shell import exec_, shell
 from hpc_workspace.cli.waiting import Waiting
 from hpc_workspace.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from hpc_workspace.results import CommandResult, OutputChunk
     from hpc_workspace.workspace import ApptainerWorkspace
 
 
@@ -114,34 +113,10 @@ def run(command: tuple[str, ...], timeout: float | None, **options: Any) -> None
     \b
     hpc-workspace run --slurm -p cpu -t 5 --image python.sif -- 'hostname; id -un'
     """
-    line = command[0] if len(command) == 1 else shlex.join(command)
+    line = as_line(command)
     with _start_workspace(options) as workspace:
-        code = _print_stream(workspace.stream_command(line, timeout=timeout))
+        code = print_stream(workspace.stream_command(line, timeout=timeout))
     sys.exit(code)
-
-
-def _print_stream(items: Iterator[OutputChunk | CommandResult]) -> int:
-    """Print a command's output as it comes. Returns the exit code for this process."""
-    from hpc_workspace.results import CommandResult
-
-    code = 0
-    for item in items:
-        if isinstance(item, CommandResult):
-            code = _exit_code(item)
-            if item.timeout_occurred:
-                click.echo("hpc-workspace: the command ran longer than its --timeout", err=True)
-        else:
-            out = sys.stdout.buffer if item.stream == "stdout" else sys.stderr.buffer
-            out.write(item.data)
-            out.flush()
-    return code
-
-
-def _exit_code(result: CommandResult) -> int:
-    """A process's exit code for a command's: 128 + N for signal N, as shells do."""
-    if result.timeout_occurred:
-        return EXIT_TIMEOUT
-    return int(result.exit_code) if result.exit_code >= 0 else 128 - int(result.exit_code)
 
 
 @cli.command()
@@ -157,25 +132,8 @@ def up(**options: Any) -> None:
     click.echo(workspace.detach())
 
 
-@cli.command(name="exec")
-@click.argument("workspace_id")
-@click.argument("command", nargs=-1, required=True)
-@click.option("--timeout", type=float, default=None, help="Seconds for the command; none by default.")
-def exec_(workspace_id: str, command: tuple[str, ...], timeout: float | None) -> None:
-    """Run COMMAND in the workspace WORKSPACE_ID and exit with its code.
-
-    \b
-    hpc-workspace exec ws-0a1b2c3d4e -- python -V
-    """
-    from hpc_workspace.workspace import Workspace
-
-    line = command[0] if len(command) == 1 else shlex.join(command)
-    workspace = Workspace.attach(workspace_id)
-    try:
-        code = _print_stream(workspace.stream_command(line, timeout=timeout))
-    finally:
-        workspace.disconnect()
-    sys.exit(code)
+cli.add_command(shell)
+cli.add_command(exec_)
 
 
 @cli.command()
