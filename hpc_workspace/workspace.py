@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hpc_workspace.client import AgentServerClient
     from hpc_workspace.connect.reverse import Reverse
     from hpc_workspace.connect.streams import DoorStream
+    from hpc_workspace.interactive import Session
 
 log = logging.getLogger(__name__)
 server_log = logging.getLogger("hpc_workspace.server_log")
@@ -270,6 +271,44 @@ class Workspace:
         Raises: as `execute_command`.
         """
         return self._require_client().commands.stream(command, cwd=cwd, timeout_s=timeout, env=env)
+
+    def open_session(
+        self,
+        command: str | None = None,
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        *,
+        terminal: tuple[int, int] | None = None,
+        shell: str | None = None,
+    ) -> Session:
+        """A command that can be talked to while it runs; or, without one, a shell. It ends with its session.
+
+        Args:
+            cwd, env: as `execute_command`. On a terminal, `TERM` belongs into `env`.
+            terminal: the size, in rows and columns, of a terminal for it to run on; None: stdin, stdout and stderr are
+                pipes.
+            shell: the program that runs it; None: bash where the image has it, else sh.
+
+        Raises:
+            CommandError: it could not be started.
+            PrerequisiteError: the image of OpenHands' server has no Python.
+            ServerError, TunnelError: the server or the way to it is gone.
+        """
+        from hpc_workspace.interactive import open_session
+
+        client, link, record = self._require_client(), self._require_link(), self._require_record()
+        return open_session(
+            command,
+            cwd=cwd,
+            env=env,
+            terminal=terminal,
+            shell=shell,
+            record=record,
+            execute=client.commands.execute,
+            dial=link.dial,
+            # Of a job that may run again, that would wait for its next life; the session does not come back with it.
+            explain=(lambda error, since_s: error) if record.may_restart else link.explain,
+        )
 
     def file_upload(self, source_path: str | Path, destination_path: str | Path) -> FileOperationResult:
         """Copy a file of ours into the workspace, whole or not at all, with its mode.

@@ -79,7 +79,7 @@ def open_session(
     wish = {
         "command": command,
         "shell": shell,
-        "cwd": posixpath.join(record.working_dir, cwd or ""),
+        "cwd": posixpath.join(record.working_dir, cwd) if cwd else record.working_dir,
         "env": dict(env or {}),
         "terminal": terminal,
     }
