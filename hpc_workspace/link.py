@@ -52,7 +52,7 @@ _FAREWELL_S = 3.0
 _SHORT_WAY_S = 10.0
 _NEIGHBOURS_S = 60.0
 # Slurm tells of a job's end when its epilog is done and the answer that we have is not 2 s old any more.
-_JOB_END_S = 6.0
+_JOB_END_S = 12.0
 
 
 class Link:

@@ -27,6 +27,8 @@ _PARTITIONS_TRIED = 4
 _MOST_NAMED = 5
 # sacctmgr(1), ASSOCIATION ENTITIES: bounds on one user's jobs; empty where there is none.
 _LIMITS = ("MaxSubmitJobs", "MaxJobs", "MaxWall", "GrpSubmitJobs", "GrpJobs", "GrpTRES", "MaxTRES")
+# sacctmgr(1), QOS: what one may give a user, or all its jobs together.
+_QOS_LIMITS = ("MaxSubmitJobsPU", "MaxJobsPU", "MaxWall", "MaxTRESPU", "GrpSubmitJobs", "GrpJobs", "GrpTRES")
 _SILENT = "Slurm's controller does not answer"
 
 
@@ -287,7 +289,7 @@ def look_account(site: Site) -> Verdict | None:
         if enforced:
             return fail("you have no account, and Slurm enforces them", "Ask the administrators for an account.")
         return ok("none, and none is needed")
-    bounds = sorted({bound for rows in _associations(site) for bound in _bounds(rows)})
+    bounds = sorted({bound for rows in _associations(site) for bound in _bounds(rows)}) + _qos_bounds(site)
     found = f"{', '.join(accounts[:_MOST_NAMED])}; {', '.join(bounds[:_MOST_NAMED]) or 'no limits of your own'}"
     wanted = site.settings.slurm.account
     if wanted is not None and wanted not in accounts:
@@ -295,6 +297,18 @@ def look_account(site: Site) -> Verdict | None:
     if len(accounts) > 1 and wanted is None:
         return ok(f"{found}; the default counts unless slurm.account names one")
     return ok(found)
+
+
+def _qos_bounds(site: Site) -> list[str]:
+    """What the QOS that this user's jobs may have allow one user, in sacctmgr's own words."""
+    usable = {name for row in _associations(site) for name in row.get("QOS", "").split(",") if name}
+    if not usable:
+        return []
+    names = ("Name", *_QOS_LIMITS)
+    ended = _ask(["sacctmgr", "--noheader", "--parsable2", "show", "qos", f"format={','.join(names)}"])
+    rows = parse_rows(ended.stdout, names) if ended.returncode == 0 else []
+    limits = [(row["Name"], [f"{name} {row[name]}" for name in _QOS_LIMITS if row[name]]) for row in rows]
+    return [f"QOS {name}: {', '.join(found)}" for name, found in limits if name in usable and found]
 
 
 def _bounds(row: Mapping[str, str]) -> list[str]:
@@ -315,13 +329,13 @@ def _associations(site: Site) -> list[dict[str, str]]:
         names = ("Account", "Partition", "QOS", *_LIMITS)
         argv = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={user}", f"format={','.join(names)}"]
         ended = _ask(argv)
-        return parse_associations(ended.stdout, names) if ended.returncode == 0 else []
+        return parse_rows(ended.stdout, names) if ended.returncode == 0 else []
 
     return site.once("associations", ask)
 
 
-def parse_associations(text: str, names: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of `sacctmgr --parsable2 show assoc` with these columns."""
+def parse_rows(text: str, names: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of `sacctmgr --parsable2 show …` with these columns."""
     rows = (line.split("|") for line in text.splitlines())
     return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
 

@@ -102,6 +102,29 @@ def adopting(cluster: Cluster) -> Iterator[None]:
         restart_slurm(cluster)
 
 
+@contextlib.contextmanager
+def own_tmp(cluster: Cluster) -> Iterator[None]:
+    """pam_namespace: a login has a /tmp of its own, in which the jobs' sockets are not."""
+    script = """
+    mkdir -p -m 000 /var/tmp-of && cp -p /etc/pam.d/sshd /etc/pam.d/sshd.away
+    echo '/tmp /var/tmp-of/ user root' > /etc/security/namespace.conf
+    echo 'session required pam_namespace.so' >> /etc/pam.d/sshd
+    """
+    kept = cluster.run(NODE, ["cat", "/etc/security/namespace.conf"], user="root").stdout
+    cluster.run(NODE, ["sh", "-c", f"touch /tmp/of-all; {script}"], user="root")
+    try:
+        seen = cluster.run("login", ["ssh", "-o", "BatchMode=yes", NODE, "ls -A /tmp"])
+        assert (seen.returncode, seen.stdout) == (0, ""), seen.stdout + seen.stderr
+        yield
+    finally:
+        cluster.run(
+            NODE,
+            ["sh", "-c", "rm /tmp/of-all; mv /etc/pam.d/sshd.away /etc/pam.d/sshd; rm -rf /var/tmp-of"],
+            user="root",
+        )
+        cluster.run(NODE, ["sh", "-c", "cat > /etc/security/namespace.conf"], user="root", stdin=kept)
+
+
 Site = Callable[[Cluster], contextlib.AbstractContextManager[None]]
 SITES: dict[str, tuple[Site, str, str]] = {
     "nothing is forbidden": (lambda c: contextlib.nullcontext(), "", "paramiko"),
@@ -110,6 +133,7 @@ SITES: dict[str, tuple[Site, str, str]] = {
     "DisableForwarding yes": (lambda c: sshd_with(c, "DisableForwarding yes\n"), "", "srun"),
     "DisableForwarding yes, and no srun": (lambda c: sshd_with(c, "DisableForwarding yes\n"), NO_SRUN, "ssh-command"),
     "pam_slurm_adopt": (adopting, "", "paramiko"),
+    "a /tmp of each login": (own_tmp, "", "paramiko"),
     "no sshd on the nodes": (sshd_away, "", "srun"),
     "no password-less SSH": (no_key, "", "srun"),
 }
