@@ -38,12 +38,16 @@ if TYPE_CHECKING:
     import httpx
 
     from hpc_workspace.client import AgentServerClient
+    from hpc_workspace.client.local import Progress
     from hpc_workspace.connect.reverse import Reverse
     from hpc_workspace.connect.streams import DoorStream
     from hpc_workspace.interactive import Session
 
 log = logging.getLogger(__name__)
 server_log = logging.getLogger("hpc_workspace.server_log")
+
+# A path here or there; bytes, or lone surrogates, for one that is not UTF-8.
+FilePath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 _open_workspaces: weakref.WeakSet[Workspace] = weakref.WeakSet()
 
@@ -310,32 +314,47 @@ class Workspace:
             explain=(lambda error, since_s: error) if record.may_restart else link.explain,
         )
 
-    def file_upload(self, source_path: str | Path, destination_path: str | Path) -> FileOperationResult:
-        """Copy a file of ours into the workspace, whole or not at all, with its mode.
+    def file_upload(
+        self, source_path: FilePath, destination_path: FilePath, *, on_progress: Progress | None = None
+    ) -> FileOperationResult:
+        """Copy a file or a directory of ours into the workspace, whole or not at all, with modes and times.
+
+        Args:
+            source_path: a link here is followed; those within a directory stay links.
+            destination_path: the name that it gets, not a directory to put it into; relative ones begin at
+                `working_dir`; missing parents are made. A directory that is there keeps what else it holds.
+            on_progress: told how many bytes have been moved, and of how many (None: nobody knows).
 
         Raises:
-            OSError: the source can't be read.
+            FileError: our disk, or the workspace's (`ServerFileError`), says no; `errno` and `path` say what.
+            FileChangedError: the source changes all the time.
             ServerError, TunnelError: it did not arrive.
         """
-        return self._require_client().files.upload(Path(source_path), str(destination_path))
+        files = self._require_client().files
+        return files.upload(Path(os.fsdecode(source_path)), os.fsdecode(destination_path), on_progress)
 
-    def file_download(self, source_path: str | Path, destination_path: str | Path) -> FileOperationResult:
-        """Copy a file of the workspace to ours, whole or not at all.
+    def file_download(
+        self, source_path: FilePath, destination_path: FilePath, *, on_progress: Progress | None = None
+    ) -> FileOperationResult:
+        """Copy a file or a directory of the workspace to ours, whole or not at all, with modes and times.
+
+        Args: as `file_upload`; a link at `destination_path` is replaced by a file, and never followed.
 
         Raises:
-            ServerResponseError: there is no such file (`status` 404).
-            OSError: the destination can't be written.
-            ServerError, TunnelError: it did not arrive.
+            UnsafeFileError: a directory holds what is not to be had here.
+            others: as `file_upload`; ServerFileError with `status` 404: there is no such file.
         """
-        return self._require_client().files.download(str(source_path), Path(destination_path))
+        files = self._require_client().files
+        return files.download(os.fsdecode(source_path), Path(os.fsdecode(destination_path)), on_progress)
 
-    def read_file(self, path: str) -> bytes:
+    def read_file(self, path: FilePath) -> bytes:
         """The content of a file of the workspace. Raises: as `file_download`."""
-        return self._require_client().files.read(path)
+        return self._require_client().files.read(os.fsdecode(path))
 
-    def write_file(self, path: str, data: bytes | str, mode: int = 0o644) -> FileOperationResult:
-        """Put bytes, or text as UTF-8, into a file of the workspace. Raises: as `file_upload`."""
-        return self._require_client().files.write(data.encode() if isinstance(data, str) else data, path, mode)
+    def write_file(self, path: FilePath, data: bytes | str, mode: int = 0o644) -> FileOperationResult:
+        """Put bytes, or text as UTF-8, into a file of the workspace, whole or not at all. Raises: as `file_upload`."""
+        files = self._require_client().files
+        return files.write(data.encode() if isinstance(data, str) else data, os.fsdecode(path), mode)
 
     def git_changes(self, path: str = ".") -> list[GitChange]:  # type: ignore[valid-type]  # the method list hides it
         """The changed files of the repository at `path`."""
@@ -450,11 +469,18 @@ class Workspace:
     def _connect_to_server(self, record: Record) -> None:
         """Take the lease by the first route that works, and make the client."""
         from hpc_workspace.client import AgentServerClient
+        from hpc_workspace.client.shared import shared_mount
 
         link = self._require_link()
         began_s = clock.now_s()
         link.connect(record)
-        self._client = AgentServerClient(link, api_key=link.token, server=record.server, working_dir=record.working_dir)
+        self._client = AgentServerClient(
+            link,
+            api_key=link.token,
+            server=record.server,
+            working_dir=record.working_dir,
+            mount=shared_mount(record),
+        )
         self.phases_s["connect"] = clock.now_s() - began_s
 
     def _require_client(self) -> AgentServerClient:

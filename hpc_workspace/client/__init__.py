@@ -14,19 +14,28 @@ from hpc_workspace.client.calls import AtOnce, Caller, Way
 from hpc_workspace.client.commands import Commands, wrap_command
 from hpc_workspace.client.files import Files
 from hpc_workspace.client.git import Git
+from hpc_workspace.client.shared import SharedMount
 
 
 class AgentServerClient:
-    """Commands, files, git and health of one agent server. Arguments: as `Caller`.
+    """Commands, files, git and health of one agent server. Arguments: as `Caller`, and `Files`.
 
     Attributes:
         commands, files, git: what can be done.
     """
 
-    def __init__(self, way: Way, *, api_key: str, server: Literal["bundled", "image"], working_dir: str) -> None:
+    def __init__(
+        self,
+        way: Way,
+        *,
+        api_key: str,
+        server: Literal["bundled", "image"],
+        working_dir: str,
+        mount: SharedMount | None = None,
+    ) -> None:
         self._caller = Caller(way, api_key=api_key, server=server, working_dir=working_dir)
         self.commands = Commands(self._caller)
-        self.files = Files(self._caller, self.commands)
+        self.files = Files(self._caller, self.commands, mount)
         self.git = Git(self._caller)
 
     @property

@@ -1,115 +1,160 @@
-"""Files of a workspace, through its agent server."""
+"""Files and directories of a workspace: which way they go, and what is told of it."""
 
 from __future__ import annotations
 
-import io
-import os
-import secrets
-import shlex
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from hpc_workspace import clock
-from hpc_workspace.client.calls import Caller, Patience
+from hpc_workspace.client.calls import Caller
 from hpc_workspace.client.commands import Commands
-from hpc_workspace.errors import ServerUnavailableError, TunnelError
+from hpc_workspace.client.local import (
+    BytesLanding,
+    BytesSource,
+    DiskLanding,
+    DiskSource,
+    Found,
+    Landing,
+    PipeLanding,
+    PipeSource,
+    Progress,
+    Source,
+    printable,
+)
+from hpc_workspace.client.plain_files import PlainFiles
+from hpc_workspace.client.raw_files import TRIES, RawFiles
+from hpc_workspace.client.shared import SharedMount
+from hpc_workspace.errors import FileChangedError, FileError
 from hpc_workspace.results import FileOperationResult
 
-_COPY_BYTES = 1024 * 1024
+log = logging.getLogger(__name__)
 
 
 class Files:
-    """Moves files by `caller`; what OpenHands' server can't do with them is done by `commands`."""
+    """Moves files by `caller`; what OpenHands' server can't do with them is done by `commands`.
 
-    def __init__(self, caller: Caller, commands: Commands) -> None:
+    Args:
+        mount: the directory that is here and in the workspace, if there is one.
+    """
+
+    def __init__(self, caller: Caller, commands: Commands, mount: SharedMount | None = None) -> None:
         self._caller = caller
-        self._commands = commands
+        self._server: RawFiles | PlainFiles
+        self._server = RawFiles(caller) if caller.is_bundled else PlainFiles(caller, commands)
+        self._mount = mount
 
-    def upload(self, source: Path, destination: str) -> FileOperationResult:
-        """Copy a file of ours into the workspace, with its mode; memory does not grow with its size."""
+    def upload(self, source: Path, destination: str, on_progress: Progress | None = None) -> FileOperationResult:
+        """Copy a file or a directory of ours into the workspace; see `Workspace.file_upload`."""
         path = self._caller.absolute(destination)
-        found = source.stat()
-        with source.open("rb") as file:
-            if self._caller.is_bundled:
-                params = {"path": path, "mode": f"{found.st_mode & 0o777:04o}", "mtime": repr(found.st_mtime)}
-                self._put(file, found.st_size, params)
-            else:
-                self._upload_form(file, path)
-                self._commands.execute(
-                    f"chmod {found.st_mode & 0o777:04o} {shlex.quote(path)}", cwd="/", timeout_s=30, env=None
-                )
-        return FileOperationResult(source_path=str(source), destination_path=path, file_size=found.st_size)
+        for tries_left in reversed(range(TRIES)):
+            opened = DiskSource(source)
+            try:
+                _tell_left_out(opened.left_out, source)
+                self._put(opened, path, on_progress or _ignore)
+                return _result(str(source), path, opened.content_bytes)
+            except FileChangedError as error:
+                if not tries_left:
+                    raise
+                log.info("%s", error.what)
+            finally:
+                opened.close()
+        raise AssertionError("the last try returns or raises")
 
     def write(self, data: bytes, destination: str, mode: int) -> FileOperationResult:
         """Put bytes into a file of the workspace."""
         path = self._caller.absolute(destination)
-        if self._caller.is_bundled:
-            # In pieces: one large buffer is sliced anew for every packet further down.
-            self._put(io.BytesIO(data), len(data), {"path": path, "mode": f"{mode:04o}"})
-        else:
-            self._upload_form(io.BytesIO(data), path)
-        return FileOperationResult(source_path="", destination_path=path, file_size=len(data))
+        self._put(BytesSource(data, mode), path, _ignore)
+        return _result("", path, len(data))
 
-    def _put(self, file: BinaryIO, size: int, params: dict[str, str]) -> None:
-        def content() -> dict[str, Any]:
-            file.seek(0)
-            return {"content": _chunks(file)}
+    def upload_pipe(self, pipe: BinaryIO, destination: str, on_progress: Progress | None = None) -> FileOperationResult:
+        """Put what comes from a pipe, until its end, into a file of the workspace. A broken connection ends it."""
+        path = self._caller.absolute(destination)
+        source = PipeSource(pipe)
+        self._server.put(source, path, on_progress or _ignore)
+        return _result("-", path, source.content_bytes)
 
-        self._caller.send(
-            "PUT", "/api/file/raw", params=params, headers={"Content-Length": str(size)}, content_of=content
-        )
+    def _put(self, source: Source, path: str, on_progress: Progress) -> None:
+        if self._mount is None or not self._mount.put(self._server, source, path, on_progress):
+            self._server.put(source, path, on_progress)
 
-    def _upload_form(self, file: BinaryIO, path: str) -> None:
-        def content() -> dict[str, Any]:
-            file.seek(0)
-            return {"files": {"file": ("upload", file)}}
-
-        self._caller.send("POST", "/api/file/upload", params={"path": path}, content_of=content)
-
-    def download(self, source: str, destination: Path) -> FileOperationResult:
-        """Copy a file of the workspace to ours, whole or not at all, with its mode where the server tells it."""
+    def download(self, source: str, destination: Path, on_progress: Progress | None = None) -> FileOperationResult:
+        """Copy a file or a directory of the workspace to ours; see `Workspace.file_download`."""
         path = self._caller.absolute(source)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        patience = Patience()
-        call_began_s = clock.now_s()
-        while True:
-            began_s = clock.now_s()
-            try:
-                size = self._download_once(path, destination, call_began_s)
-            except (TunnelError, ServerUnavailableError) as error:
-                patience.wait(error, began_s)
-            else:
-                return FileOperationResult(source_path=path, destination_path=str(destination), file_size=size)
-
-    def _download_once(self, path: str, destination: Path, call_began_s: float) -> int:
-        """Copy a file whole or not at all. Returns its size in bytes."""
-        aside = destination.parent / f".{destination.name}.{secrets.token_hex(6)}.part"
-        began_s = clock.now_s()
-        response = self._caller.send(
-            "GET", "/api/file/download", params={"path": path}, is_streamed=True, call_began_s=call_began_s
-        )
-        size = 0
-        try:
-            descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                for piece in self._caller.guarded(response.iter_raw(_COPY_BYTES), began_s):
-                    file.write(piece)
-                    size += len(piece)
-                os.fchmod(file.fileno(), int(response.headers.get("X-File-Mode", "0644"), 8) & 0o777)
-            aside.replace(destination)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        finally:
-            response.close()
-        return size
+        size = self._get(path, lambda found: DiskLanding(destination, found), on_progress or _ignore)
+        return _result(path, str(destination), size)
 
     def read(self, source: str) -> bytes:
         """The content of a file of the workspace."""
-        return self._caller.send("GET", "/api/file/download", params={"path": self._caller.absolute(source)}).content
+        landings: list[BytesLanding] = []
+
+        def land(found: Found) -> Landing:
+            _require_file(source, found)
+            landings.append(BytesLanding())
+            return landings[-1]
+
+        self._get(self._caller.absolute(source), land, _ignore)
+        return bytes(landings[-1].data)
+
+    def download_pipe(self, source: str, pipe: BinaryIO, on_progress: Progress | None = None) -> FileOperationResult:
+        """Give the content of a file of the workspace to a pipe.
+
+        Raises:
+            FileChangedError: it changed meanwhile: what was given is not worth anything.
+        """
+        path = self._caller.absolute(source)
+        given: list[PipeLanding] = []
+
+        def land(found: Found) -> Landing:
+            _require_file(source, found)
+            if given and given[-1].size:
+                raise FileError(
+                    f"{printable(source)} changes while it is read.",
+                    path=source,
+                    evidence=f"{given[-1].size} bytes of it were given already.",
+                    remedy="Throw them away; copy it to a file.",
+                )
+            given.append(PipeLanding(pipe))
+            return given[-1]
+
+        return _result(path, "-", self._get(path, land, on_progress or _ignore))
+
+    def _get(self, path: str, land: Callable[[Found], Landing], on_progress: Progress) -> int:
+        if self._mount is not None and (size := self._mount.get(self._server, path, land, on_progress)) is not None:
+            return size
+        found, size = self._server.get(path, land, on_progress)
+        _tell_left_out(found.left_out, path)
+        return size
+
+    def is_directory(self, path: str) -> bool | None:
+        """Whether there is a directory at `path`; None: there is nothing. Raises: ServerFileError, TunnelError."""
+        from hpc_workspace.errors import ServerFileError
+
+        try:
+            found = self._server.look(self._caller.absolute(path))
+        except ServerFileError as error:
+            if error.status == 404:
+                return None
+            raise
+        return (found.kind if isinstance(found, Found) else found["kind"]) == "directory"
 
 
-def _chunks(file: Any) -> Iterator[bytes]:
-    while data := file.read(_COPY_BYTES):
-        yield data
+def _require_file(path: str, found: Found) -> None:
+    if found.kind != "file":
+        raise FileError(f"{printable(path)} is a directory in the workspace.", path=path, errno=21)
+
+
+def _tell_left_out(names: tuple[str, ...], path: Path | str) -> None:
+    for name in names:
+        log.warning("%s: %r is a socket, a FIFO or a device: it is left out", printable(str(path)), printable(name))
+
+
+def _result(source: str, destination: str, size: int) -> FileOperationResult:
+    # Not validated: a path may have bytes that are not UTF-8, which pydantic takes for no text.
+    return FileOperationResult.model_construct(
+        success=True, source_path=source, destination_path=destination, file_size=size, error=None
+    )
+
+
+def _ignore(_done: int, _total: int | None) -> None:
+    """Nobody wants to know how far it is."""

@@ -97,6 +97,7 @@ async def _serve_until_signal(settings: Settings, listener: socket.socket) -> No
 
     import uvicorn
 
+    from hpc_workspace.server import uploads
     from hpc_workspace.server.app import build_app
     from hpc_workspace.server.table import CommandTable
 
@@ -112,6 +113,7 @@ async def _serve_until_signal(settings: Settings, listener: socket.socket) -> No
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             for server in self.servers:
                 server.close()
+            uploads.discard_all()
             await table.end_all(grace_s=_STOP_S)
 
         @contextlib.contextmanager
