@@ -46,8 +46,10 @@ def raw_mode(descriptor: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def handling(number: signal.Signals, handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have a signal handled by `handle` within the block."""
-    before = signal.signal(number, handle)
+    """Have a signal handled by `handle` within the block. One that is ignored, as under nohup(1), stays so."""
+    before = signal.getsignal(number)
+    if before is not signal.SIG_IGN:
+        signal.signal(number, handle)
     try:
         yield
     finally:

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 import hpc_workspace.interactive
-from hpc_workspace.connect.streams import SocketStream
-from hpc_workspace.errors import ContainerError, TunnelLostError, WorkspaceError
-from hpc_workspace.interactive import Session, frames
+from hpc_workspace.connect.streams import SocketStream, Stream
+from hpc_workspace.errors import CommandError, ContainerError, PrerequisiteError, TunnelLostError, WorkspaceError
+from hpc_workspace.exchange import Wish
+from hpc_workspace.interactive import Session, frames, open_session
 from hpc_workspace.interactive.host import accept_client
 from hpc_workspace.interactive.start import build_host_command
 from hpc_workspace.record import Record
-from hpc_workspace.results import OutputChunk
+from hpc_workspace.results import CommandResult, OutputChunk
 
 INSIDE = [Path(hpc_workspace.interactive.__file__).with_name(f"{name}.py") for name in ("frames", "host")]
 TOKEN = b"t" * frames.TOKEN_BYTES
@@ -155,6 +156,40 @@ def test_who_says_nothing_or_the_wrong_thing_keeps_nobody_out(listener: socket.s
 def test_where_nobody_comes_it_ends(listener: socket.socket) -> None:
     with connect(listener):
         assert accept_client(listener, TOKEN, 0.05) is None
+
+
+def open_in(record: Record, ended: CommandResult) -> Session:
+    """A session in a workspace where the command that starts the host ended so."""
+
+    def execute(command: str, *, cwd: str | None, timeout_s: float, env: dict[str, str] | None) -> CommandResult:
+        return ended
+
+    def dial(wish: Wish, call_began_s: float = 0.0) -> Stream:
+        raise AssertionError("there is nowhere to dial to")
+
+    return open_session(
+        None,
+        cwd=None,
+        env=None,
+        terminal=None,
+        shell=None,
+        record=record,
+        execute=execute,
+        dial=dial,
+        explain=lambda error, since_s: error,
+    )
+
+
+def test_an_image_without_python_is_told_so() -> None:
+    with pytest.raises(PrerequisiteError, match="no python3"):
+        open_in(make_record("apptainer", "image"), CommandResult(command="", exit_code=127))
+
+
+def test_what_the_workspace_says_of_a_failure_reaches_no_terminal_as_it_is() -> None:
+    ended = CommandResult(command="", exit_code=1, stdout="[1]", stderr="\x1b]0;title\x07 no\nmemory")
+    with pytest.raises(CommandError) as caught:
+        open_in(make_record(), ended)
+    assert caught.value.evidence == "]0;title  no memory"
 
 
 class OtherSide:
