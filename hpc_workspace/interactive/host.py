@@ -165,6 +165,7 @@ class Host:
         self._outputs: dict[int, int] = {}
         self._quiet_since_s = 0.0
         self._drained = 0
+        self._is_drained = False
         self._is_subreaper = False
         self._is_told_to_end = False
         self._wake, wake = os.pipe()
@@ -204,9 +205,7 @@ class Host:
             return True
         if self._code is None:
             return False
-        # While the client takes nothing it is no sign that nothing comes.
-        is_quiet = self._credit > 0 and time.monotonic() - self._quiet_since_s > _DRAIN_S
-        return not self._outputs or is_quiet or self._drained > _DRAIN_BYTES
+        return not self._outputs or self._is_drained or self._drained > _DRAIN_BYTES
 
     def _turn(self) -> None:
         """Wait until there is something to move, and move it."""
@@ -223,8 +222,13 @@ class Host:
                 del wanted[self._input]  # of a terminal that nobody holds any more, poll(2) would tell all the time
         for fd, events in wanted.items():
             poll.register(fd, events)
-        timeout_s = _SILENCE_MAX_S if self._code is None else _DRAIN_S
-        ready = dict(poll.poll(timeout_s * 1000))
+        has_ended = self._code is not None
+        ready = dict(poll.poll((_DRAIN_S if has_ended else _SILENCE_MAX_S) * 1000))
+        if has_ended and self._credit > 0:
+            # Only who looked can say that nothing comes: while the client takes nothing, or this process has to wait
+            # for its turn, time passes and says nothing.
+            is_quiet = not any(fd in ready for fd in self._outputs)
+            self._is_drained = is_quiet and time.monotonic() - self._quiet_since_s > _DRAIN_S
         if self._wake in ready:
             self._drain_wake()
         self._reap()
@@ -272,6 +276,8 @@ class Host:
             elif kind == frames.SIGNAL:
                 self._signal_program(payload[0])
             elif kind == frames.CREDIT:
+                if self._credit <= 0:
+                    self._quiet_since_s = time.monotonic()
                 self._credit += frames.parse_count(payload)
             elif kind == frames.PING:
                 self._say(frames.PONG)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import hpc_workspace.interactive
+from hpc_workspace import clock
 from hpc_workspace.connect.streams import SocketStream, Stream
 from hpc_workspace.errors import CommandError, ContainerError, PrerequisiteError, TunnelLostError, WorkspaceError
 from hpc_workspace.exchange import Wish
@@ -104,6 +105,26 @@ def test_the_host_serves_one_client_and_then_listens_no_more() -> None:
         assert stranger.recv(1) == b""
         ours.sendall(frames.build_frame(frames.INPUT_END))
         assert list(said) == [(frames.EXIT, frames.build_code(3))]
+
+
+def test_what_is_left_of_the_output_waits_for_a_client_that_takes_nothing_for_a_while() -> None:
+    host = StartedHost()
+    size = frames.WINDOW_BYTES + 30_000  # the program has ended when the last of it is still in its pipe
+    with host.begin(wish_for(f"head -c {size} /dev/zero")) as ours:
+        said = frames_of(ours)
+        received = 0
+        while received < frames.WINDOW_BYTES:
+            kind, payload = next(said)
+            received += len(payload) if kind == frames.STDOUT else 0
+        until_s = clock.now_s() + 0.3
+        while clock.now_s() < until_s:
+            ours.sendall(frames.build_frame(frames.PING))
+            while next(said) != (frames.PONG, b""):
+                continue
+        ours.sendall(frames.build_frame(frames.CREDIT, frames.build_count(received)))
+        *rest, last = said
+    assert received + sum(len(payload) for kind, payload in rest) == size
+    assert last == (frames.EXIT, frames.build_code(0))
 
 
 def test_its_token_is_in_nobody_s_argv_or_environment() -> None:
