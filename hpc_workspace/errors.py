@@ -4,6 +4,7 @@
     ├── ConfigError (ValueError)            an option is wrong; nothing was started
     ├── PrerequisiteError (RuntimeError)    a program, a port or an interpreter that is needed is not there
     ├── CommandError                        a command was not delivered, or nobody knows whether it ran
+    │   └── UnknownCommandError (LookupError)   the agent server knows no command of that id
     ├── JobError
     │   ├── SubmitError                     sbatch refused
     │   ├── QueueTimeoutError (TimeoutError)
@@ -94,6 +95,18 @@ class CommandError(WorkspaceError):
     def __init__(self, what: str, *, command: str = "", evidence: str = "", remedy: str = "") -> None:
         super().__init__(what, evidence=evidence, remedy=remedy)
         self.command = command
+
+
+class UnknownCommandError(CommandError, LookupError):
+    """The agent server knows no command of that id, or no longer. `command_id` is the id."""
+
+    command_id: str
+
+    def __init__(
+        self, what: str, *, command_id: str = "", command: str = "", evidence: str = "", remedy: str = ""
+    ) -> None:
+        super().__init__(what, command=command, evidence=evidence, remedy=remedy)
+        self.command_id = command_id
 
 
 class JobError(WorkspaceError):

@@ -32,7 +32,7 @@ from hpc_workspace.options import SlurmOptions, WorkspaceOptions
 from hpc_workspace.record import Record
 from hpc_workspace.rendezvous import WorkspaceDirectory
 from hpc_workspace.request import make_spec
-from hpc_workspace.results import CommandResult, FileOperationResult, GitChange, GitDiff, OutputChunk
+from hpc_workspace.results import CommandOutput, CommandResult, FileOperationResult, GitChange, GitDiff, OutputChunk
 
 if TYPE_CHECKING:
     import httpx
@@ -248,13 +248,16 @@ class Workspace:
         self.close()
 
     def execute_command(
-        self, command: str, cwd: str | None = None, timeout: float = 30.0, env: dict[str, str] | None = None
+        self, command: str, cwd: str | None = None, timeout: float | None = 30.0, env: dict[str, str] | None = None
     ) -> CommandResult:
         """Run a shell command to its end, in bash where the image has it, else sh; its stdin is empty.
 
+        It has ended when its shell has: what it left in the background runs on, and holds nothing up. When its time
+        is over, all that it started is ended: TERM, a second, KILL.
+
         Args:
             cwd: where it starts; relative ones begin at `working_dir`, the default.
-            timeout: seconds; OpenHands' server rounds them up to whole ones.
+            timeout: seconds, fractions too; None: it may run for ever.
             env: variables added to the image's own.
 
         Raises:
@@ -272,9 +275,57 @@ class Workspace:
     ) -> Iterator[OutputChunk | CommandResult]:
         """A command's output as it comes; the last item is its `CommandResult`, whose texts are empty.
 
+        Args: as `execute_command`.
+
         Raises: as `execute_command`.
         """
         return self._require_client().commands.stream(command, cwd=cwd, timeout_s=timeout, env=env)
+
+    def start_command(
+        self,
+        command: str,
+        cwd: str | None = None,
+        timeout: float | None = None,
+        env: dict[str, str] | None = None,
+    ) -> str:
+        """Start a command that runs on by itself, whether or not a client is there, and return when it runs.
+
+        Args: as `execute_command`.
+
+        Returns:
+            Its id, for `get_command_output` and `stop_command`, here or in any process that attaches.
+
+        Raises: as `execute_command`.
+        """
+        return self._require_client().commands.start(command, cwd=cwd, timeout_s=timeout, env=env)
+
+    def get_command_output(
+        self, command_id: str, wait: float | bool = False, since: CommandOutput | None = None
+    ) -> CommandOutput:
+        """What a started command has printed until now, and how it ended if it has (`exit_code`).
+
+        Args:
+            wait: until it ends (True), or at most for so many seconds.
+            since: an earlier answer: only what came after that is told.
+
+        Raises:
+            UnknownCommandError: there is no such command: another workspace's, or of before a restart of the job.
+            SandboxRestarted: Slurm has requeued the job, and the command is gone.
+            CommandError: it was killed in such a way that nothing says how it ended.
+            ServerError, TunnelError: the server or the way to it is gone.
+        """
+        wait_s = float("inf") if wait is True else float(wait)
+        return self._require_client().commands.output(command_id, wait_s=wait_s, since=since)
+
+    def stop_command(self, command_id: str) -> None:
+        """End a started command and all that it started (TERM, a second, KILL), and wait until it has ended.
+
+        One that has ended stays as it is, and so does what it left in the background.
+
+        Raises:
+            UnknownCommandError, ServerError, TunnelError: as `get_command_output`.
+        """
+        self._require_client().commands.stop(command_id)
 
     def open_session(
         self,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import httpx
 
 from hpc_workspace.client.calls import AtOnce, Caller, Way
-from hpc_workspace.client.commands import Commands, wrap_command
+from hpc_workspace.client.commands import Commands
 from hpc_workspace.client.files import Files
 from hpc_workspace.client.git import Git
 from hpc_workspace.client.shared import SharedMount
@@ -56,4 +56,4 @@ class AgentServerClient:
         return self._caller.json("GET", "/server_info")
 
 
-__all__ = ["AgentServerClient", "AtOnce", "Way", "wrap_command"]
+__all__ = ["AgentServerClient", "AtOnce", "Way"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 from collections.abc import AsyncIterator
 
@@ -10,10 +11,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from hpc_workspace.server.commands import Command
+from hpc_workspace.server.commands import STREAMS, Command
+from hpc_workspace.server.output import MEMORY_BYTES
 from hpc_workspace.server.requests import CommandRequest, RequestError, parse_command_request, parse_id
 from hpc_workspace.server.table import CommandTable, EventQuery
 
+_LONGEST_WAIT_S = 30
 _SORT_ORDERS = {"TIMESTAMP": False, "TIMESTAMP_DESC": True}
 
 
@@ -45,11 +48,19 @@ def bash_routes(table: CommandTable) -> list[Route]:
 
     async def stop(request: Request) -> Response:
         command = table.get(parse_id(request.path_params["command_id"]))
-        if command is None:
-            raise RequestError("there is no such command", 404)
         command.request_stop()
         await command.finished.wait()
         return JSONResponse({"success": True})
+
+    async def output(request: Request) -> Response:
+        command = table.get(parse_id(request.path_params["command_id"]))
+        wait_s, offsets, limit = _place_of(request)
+        if wait_s > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(command.finished.wait(), wait_s)
+        if command.is_cut_short:
+            raise RequestError("the server is ending, and ends the command", 503)
+        return JSONResponse(command.output_json(offsets, limit))
 
     async def clear(_: Request) -> Response:
         return JSONResponse({"cleared_count": table.clear()})
@@ -61,6 +72,7 @@ def bash_routes(table: CommandTable) -> list[Route]:
         Route("/api/bash/bash_events/search", search, methods=["GET"]),
         Route("/api/bash/bash_events/{event_id}", event, methods=["GET"]),
         Route("/api/bash/bash_commands/{command_id}/stop", stop, methods=["POST"]),
+        Route("/api/bash/bash_commands/{command_id}/output", output, methods=["GET"]),
         Route("/api/bash/bash_events", clear, methods=["DELETE"]),
     ]
 
@@ -76,6 +88,20 @@ async def read_command_request(request: Request) -> CommandRequest:
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
     return parse_command_request(body)
+
+
+def _place_of(request: Request) -> tuple[float, dict[str, int], int]:
+    """Of a request for output: how long to wait for the end (s), what its reader has, and how much to tell at most."""
+    query = request.query_params
+    try:
+        wait_s = float(query.get("wait_s", 0))
+    except ValueError:
+        raise RequestError("wait_s must be a number of seconds") from None
+    offsets = {name: _integer(query.get(f"{name}_from"), f"{name}_from") or 0 for name in STREAMS}
+    limit = _integer(query.get("limit_bytes"), "limit_bytes")
+    if not 0 <= wait_s <= _LONGEST_WAIT_S or min(offsets.values()) < 0 or (limit or 0) < 0:
+        raise RequestError(f"wait_s must be between 0 and {_LONGEST_WAIT_S}; places and limits are not negative")
+    return wait_s, offsets, MEMORY_BYTES if limit is None else min(limit, MEMORY_BYTES)
 
 
 def _query_of(request: Request) -> EventQuery:

@@ -19,7 +19,7 @@ from typing import Any
 from hpc_workspace.server.children import PipeReader, attach, spawn, watch_exit
 from hpc_workspace.server.output import WINDOW_BYTES, OutputLog, as_fields, whole_characters
 from hpc_workspace.server.requests import CommandRequest, RequestError
-from hpc_workspace.server.sessions import end_session
+from hpc_workspace.server.sessions import MARK_NAME, Family, end_family
 
 STREAMS = ("stdout", "stderr")
 _DRAIN_S = 0.05
@@ -111,7 +111,7 @@ class Command:
         self.finished = asyncio.Event()
         self.duration_s: float | None = None
         self.events: list[Event] = []
-        self.session: int | None = None
+        self.family: Family | None = None
         self._sequence = sequence
         self._publish = publish
         self._started_s = time.monotonic()
@@ -162,6 +162,18 @@ class Command:
             answer |= as_fields(name, self.logs[name].head())
         return answer
 
+    def output_json(self, offsets: Mapping[str, int], limit: int) -> dict[str, Any]:
+        """What it has written at or after `offsets`, at most `limit` bytes of each, and how it ended if it has."""
+        answer: dict[str, Any] = {"id": self.id, "running": self.is_running} | self.outcome_json()
+        for name, log in self.logs.items():
+            start, data = log.read_many(offsets[name], limit)
+            has_more = start + len(data) < log.total
+            if has_more or self.is_running:
+                data = data[: whole_characters(data)]
+            answer |= as_fields(name, data)
+            answer |= {f"{name}_from": start, f"{name}_more": has_more}
+        return answer
+
     def start(self, env: Mapping[str, str]) -> "asyncio.Task[None]":
         """Start the shell; returns the task that ends with the command.
 
@@ -170,13 +182,13 @@ class Command:
         """
         argv = [find_shell(env), "-c", self.request.command]
         try:
-            popen = spawn(argv, cwd=self.cwd, env={**env, **self.request.env})
+            popen = spawn(argv, cwd=self.cwd, env={**env, **self.request.env, MARK_NAME: self.id})
         except (OSError, ValueError) as error:
             raise RequestError(f"the command can't be started in {self.cwd}: {error}") from error
-        self.session = popen.pid
+        self.family = family = Family(popen.pid, self.id)
         self._readers = attach(popen, lambda data: self._on_output("stdout", data),
                                lambda data: self._on_output("stderr", data))  # fmt: skip
-        return asyncio.create_task(self._supervise(popen))
+        return asyncio.create_task(self._supervise(popen, family))
 
     def request_stop(self) -> None:
         """Begin to end it (TERM, a second, KILL); `finished` tells when it is over."""
@@ -218,7 +230,7 @@ class Command:
         for log in self.logs.values():
             log.discard()
 
-    async def _supervise(self, popen: "subprocess.Popen[bytes]") -> None:
+    async def _supervise(self, popen: "subprocess.Popen[bytes]", family: Family) -> None:
         exited = watch_exit(popen.pid)
         stopped = asyncio.create_task(self._stop_requested.wait())
         either: set[asyncio.Future[Any]] = {exited, stopped}
@@ -226,7 +238,7 @@ class Command:
         stopped.cancel()
         if exited not in done:
             self.has_timed_out = stopped not in done
-            await end_session(popen.pid, grace_s=_GRACE_S)
+            await end_family(family, grace_s=_GRACE_S)
             await exited
         await self._drain()
         code = popen.wait()

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hpc_workspace.server.children import attach, spawn, watch_exit
-from hpc_workspace.server.sessions import end_session
+from hpc_workspace.server.sessions import Family, end_family
 from hpc_workspace.server.settings import parse_environment
 
 TIMEOUT_S = 10.0
@@ -212,7 +212,7 @@ async def _run(argv: Sequence[str], *, env: Mapping[str, str], cwd: str, dump: P
         raise EntrypointError(f"did not hand over within {timeout_s:g} s, and was ended") from None
     finally:
         if entries is None:
-            await end_session(popen.pid, grace_s=0)  # while its number is taken: the leader is not reaped yet
+            await end_family(Family(popen.pid), grace_s=0)  # while its number is taken: the leader is not reaped yet
         for reader in readers:
             reader.drain_present()
             reader.discard()

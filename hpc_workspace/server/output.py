@@ -68,6 +68,19 @@ class OutputLog:
             data = bytes(self._tail[offset - tail_start :][:_PIECE_BYTES])
         return offset + len(data), data
 
+    def read_many(self, offset: int, limit: int) -> tuple[int, bytes]:
+        """Up to `limit` bytes at or after `offset`, and where they begin: later than `offset` only after a gap."""
+        end, data = self.read_from(offset)
+        start = end - len(data)
+        found = bytearray(data[:limit])
+        while data and len(found) < limit:
+            behind = start + len(found)
+            end, data = self.read_from(behind)
+            if end - len(data) != behind:
+                break
+            found += data[: limit - len(found)]
+        return start, bytes(found)
+
     def discard(self) -> None:
         """Free the file; the object is not used afterwards."""
         if self._spool_fd is not None:

@@ -1,67 +1,105 @@
-"""Ending everything that a command started: its session, found in /proc.
+"""Ending everything that a command started: found in /proc by its session, its mark and its parents.
 
-A process group is not enough: a shell with job control, or a tool that calls setpgid, leaves it. What calls setsid
-has left the session too, and is the node's to end.
+A process group is not enough: a shell with job control, or a tool that calls setpgid, leaves it; what calls setsid
+leaves the session too. So each command has a mark in its environment, which all that it starts inherits. Out of reach
+is only what has all three: a session of its own, an environment without the mark (`env -i`), and a parent that is gone.
 """
 
 import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+MARK_NAME = "HPC_WORKSPACE_COMMAND"
 _POLL_S = 0.05
 
 
-def session_members(sessions: Iterable[int]) -> set[int]:
-    """Pids of live processes (zombies excepted) in any of the given sessions; empty where there is no /proc.
+@dataclass(frozen=True)
+class Family:
+    """What one command started.
+
+    Attributes:
+        session: the leader's process id.
+        mark: the value of `MARK_NAME` in its environment; None: it has none.
+    """
+
+    session: int
+    mark: str | None = None
+
+    def members(self) -> set[int]:
+        """Pids of live processes (zombies excepted); empty where there is no /proc."""
+        parents = {}
+        found = set()
+        marked = None if self.mark is None else f"\0{MARK_NAME}={self.mark}\0".encode()
+        for pid, (parent, session) in _processes().items():
+            parents[pid] = parent
+            if session == self.session or (marked is not None and marked in b"\0" + _environment(pid)):
+                found.add(pid)
+        return found | _descendants(found, parents)
+
+    def signal(self, number: signal.Signals) -> int:
+        """Signal the leader's process group, then every other member; returns how many members were seen alive."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.session, number)
+        members = self.members()
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getpgid(pid) != self.session:
+                    os.kill(pid, number)
+        return len(members)
+
+
+def _processes() -> dict[int, tuple[int, int]]:
+    """Parent and session of every live process.
 
     Source: proc(5), /proc/pid/stat: the fields after the last ")" are state, ppid, pgrp, session.
     """
-    wanted = {str(session).encode() for session in sessions}
-    members = set()
+    found = {}
     try:
         entries = [name for name in os.listdir("/proc") if name.isdigit()]
     except FileNotFoundError:
-        return set()
+        return {}
     for name in entries:
         try:
             stat = Path(f"/proc/{name}/stat").read_bytes()
         except OSError:  # it ended between listing and reading
             continue
-        state, _, _, session = stat.rpartition(b")")[2].split(maxsplit=4)[:4]
-        if session in wanted and state not in (b"Z", b"X"):
-            members.add(int(name))
-    return members
+        state, parent, _, session = stat.rpartition(b")")[2].split(maxsplit=4)[:4]
+        if state not in (b"Z", b"X"):
+            found[int(name)] = (int(parent), int(session))
+    return found
 
 
-def signal_session(session: int, number: signal.Signals) -> int:
-    """Signal the leader's process group, then every other member; returns how many members were seen alive."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(session, number)
-    leader_group, members = session, session_members([session])
-    for pid in members:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(pid) != leader_group:
-                os.kill(pid, number)
-    return len(members)
+def _environment(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it ended, or is somebody else's
+        return b""
 
 
-async def _has_members(session: int) -> bool:
-    return bool(await asyncio.to_thread(session_members, [session]))
+def _descendants(ancestors: set[int], parents: Mapping[int, int]) -> set[int]:
+    """Children of `ancestors`, their children, and so on."""
+    found: set[int] = set()
+    new = ancestors
+    while new:
+        new = {pid for pid, parent in parents.items() if parent in new} - found - ancestors
+        found |= new
+    return found
 
 
-async def end_session(session: int, *, grace_s: float) -> None:
+async def end_family(family: Family, *, grace_s: float) -> None:
     """TERM, time to clean up, then KILL, until no member is left or KILL has been sent for half a second.
 
     The leader must not have been reaped yet: while it is a zombie, its number can't name a stranger's session.
     """
     loop = asyncio.get_running_loop()
-    await asyncio.to_thread(signal_session, session, signal.SIGTERM)
+    await asyncio.to_thread(family.signal, signal.SIGTERM)
     deadline = loop.time() + grace_s
-    while loop.time() < deadline and await _has_members(session):
+    while loop.time() < deadline and await asyncio.to_thread(lambda: bool(family.members())):
         await asyncio.sleep(min(_POLL_S, grace_s / 4))
     deadline = loop.time() + 0.5
-    while await asyncio.to_thread(signal_session, session, signal.SIGKILL) and loop.time() < deadline:
+    while await asyncio.to_thread(family.signal, signal.SIGKILL) and loop.time() < deadline:
         await asyncio.sleep(0.01)

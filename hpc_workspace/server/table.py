@@ -15,7 +15,7 @@ from typing import Any
 
 from hpc_workspace.server.commands import Command, Event
 from hpc_workspace.server.requests import CommandRequest, RequestError
-from hpc_workspace.server.sessions import end_session
+from hpc_workspace.server.sessions import end_family
 from hpc_workspace.server.settings import Settings, command_environment
 
 _KEPT_COMMANDS = 1000
@@ -126,12 +126,21 @@ class CommandTable:
         """End every running command, because the server ends: TERM, `grace_s`, KILL. Nobody is told a result."""
         for command in self.running:
             command.is_cut_short = True
-        sessions = [command.session for command in self.running if command.session is not None]
-        await asyncio.gather(*(end_session(session, grace_s=grace_s) for session in sessions))
+        families = [command.family for command in self.running if command.family is not None]
+        await asyncio.gather(*(end_family(family, grace_s=grace_s) for family in families))
 
-    def get(self, command_id: str) -> Command | None:
-        """The command with that id, while it is kept."""
-        return self._commands.get(command_id)
+    def get(self, command_id: str) -> Command:
+        """The command with that id.
+
+        Raises:
+            RequestError: 404: there was none; 410: it has run, and is no longer kept.
+        """
+        if command_id in self._forgotten:
+            raise RequestError(f"id {command_id} has run; its result is no longer kept", 410)
+        try:
+            return self._commands[command_id]
+        except KeyError:
+            raise RequestError("there is no such command", 404) from None
 
     def search(self, query: EventQuery) -> dict[str, Any]:
         """One page of events, and the id of the next page."""
@@ -188,7 +197,7 @@ class CommandTable:
 
     def _publish_later(self, event: Event) -> None:
         # A command that could not be started has never been seen: its first event goes out after the start.
-        if event.command.session is not None:
+        if event.command.family is not None:
             self._publish(event)
 
     def _publish(self, event: Event) -> None:

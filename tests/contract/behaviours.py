@@ -13,16 +13,21 @@ import contextlib
 import http.server
 import json
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hpc_workspace import ApptainerWorkspace, SlurmOptions, Workspace
+from hpc_workspace.errors import CommandError, UnknownCommandError
 from hpc_workspace.results import CommandResult, OutputChunk
 
 
@@ -210,10 +215,164 @@ def it_gives_a_signal_as_a_negative_exit_code(w: Workspace) -> None:
     assert w.execute_command("kill -9 $$").exit_code == -9
 
 
+def _sleepers(w: Workspace, seconds: int) -> int:
+    """How many `sleep SECONDS` there are in the workspace."""
+    bracketed = f"{seconds // 10}[{seconds % 10}]"
+    look = f"for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; echo; done 2>/dev/null | grep -c 'sleep {bracketed}'"
+    return int(w.execute_command(look).stdout)
+
+
+# Its own group, its own session, a shell that ignores TERM, and a parent that is gone.
+_SCATTERED = (
+    "trap '' TERM; set -m; sleep {0} & setsid sleep {0} & (setsid sh -c 'sleep {0} & sleep {0}' &); sleep {0}; wait"
+)
+
+
 def it_ends_what_a_timed_out_command_started(w: Workspace) -> None:
-    w.execute_command("sleep 987 & sleep 987", timeout=1)
-    left = "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline; done 2>/dev/null | grep -c 'sleep 98[7]'"
-    assert w.execute_command(left).stdout.strip() == "0"
+    for timeout_s in (1, 0.4):
+        began_s = time.monotonic()
+        assert w.execute_command(_SCATTERED.format(987), timeout=timeout_s).timeout_occurred
+        assert time.monotonic() - began_s < 20
+        assert _sleepers(w, 987) == 0
+
+
+def it_lets_a_timed_out_command_tidy_up_and_keeps_what_that_says(w: Workspace) -> None:
+    result = w.execute_command("trap 'echo tidied; exit 0' TERM; echo on; sleep 30 & wait", timeout=1)
+    assert (result.stdout, result.exit_code, result.timeout_occurred) == ("on\ntidied\n", -1, True)
+
+
+def it_leaves_alone_what_an_ended_command_left_behind(w: Workspace) -> None:
+    w.execute_command("sleep 985 & setsid sleep 985 &")
+    w.execute_command("true", timeout=0.5)
+    assert _sleepers(w, 985) == 2
+    w.execute_command("pkill -f 'sleep 98[5]' || kill $(grep -la 'sleep.985' /proc/[0-9]*/cmdline | cut -d/ -f3)")
+
+
+def it_tells_every_byte_whatever_it_is_and_wherever_it_is_cut(w: Workspace) -> None:
+    data = ("x" + "äöü\u20ac\U0001f600" * 9000).encode() + b"\0\xff\xc3" + bytes(range(256))
+    w.write_file("every", data)
+    result = w.execute_command("cat every; cat every >&2")
+    assert (result.stdout_bytes, result.stderr_bytes) == (data, data)
+    assert not result.truncated
+    streamed = list(w.stream_command("cat every"))
+    assert b"".join(item.data for item in streamed if isinstance(item, OutputChunk)) == data
+
+
+def it_keeps_the_beginning_of_a_huge_output_and_all_of_it_in_a_file(w: Workspace) -> None:
+    result = w.execute_command("head -c 20000000 /dev/zero | tr '\\0' x; echo end; echo err >&2", timeout=60)
+    assert (result.exit_code, result.truncated, len(result.stdout)) == (0, True, 8 * 1024 * 1024)
+    assert result.stderr == "err\n"
+    assert result.stdout_file is not None
+    with tempfile.TemporaryDirectory() as folder:
+        w.file_download(result.stdout_file, Path(folder, "all"))
+        assert Path(folder, "all").stat().st_size == 20000004
+        assert Path(folder, "all").read_bytes().endswith(b"xend\n")
+
+
+def it_gives_a_hundred_megabytes_without_growing(w: Workspace) -> None:
+    """In a process of its own, whose peak nothing else has touched."""
+    code = (
+        "import resource, sys, hpc_workspace as h; w = h.Workspace.attach(sys.argv[1]); w.execute_command('true'); "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        "r = w.execute_command('head -c 100000000 /dev/zero | tr \"\\\\0\" x', timeout=120); "
+        "print(r.exit_code, r.truncated, (peak() - before) // 1024)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, w.id], capture_output=True, text=True, timeout=180, check=False)
+    assert ended.returncode == 0, ended.stderr
+    exit_code, truncated, grown_mib = ended.stdout.split()
+    assert (exit_code, truncated) == ("0", "True")
+    assert int(grown_mib) < 64
+
+
+def it_runs_32_commands_at_once(w: Workspace) -> None:
+    with ThreadPoolExecutor(32) as pool:
+        results = list(pool.map(lambda n: w.execute_command(f"sleep 0.2; echo {n}; exit {n}", timeout=120), range(32)))
+    assert [(r.stdout, r.exit_code) for r in results] == [(f"{n}\n", n) for n in range(32)]
+
+
+def it_says_that_a_command_can_not_start(w: Workspace) -> None:
+    for call in (w.execute_command, w.start_command, lambda c, cwd: list(w.stream_command(c, cwd=cwd))):
+        try:
+            call("true", cwd="/does/not/exist")
+        except CommandError as error:
+            assert error.command == "true"
+        else:
+            raise AssertionError("it started nowhere")
+
+
+def it_starts_a_command_that_another_client_follows_to_its_end(w: Workspace) -> None:
+    started = w.start_command("echo one; until [ -e follow ]; do sleep 0.05; done; echo two; echo err >&2; exit 5")
+    other = Workspace.attach(w.id)
+    try:
+        first = other.get_command_output(started)
+        while not first.stdout:
+            first = other.get_command_output(started, wait=0.05)
+        assert (first.stdout, first.exit_code, first.is_running) == ("one\n", None, True)
+        other.write_file("follow", b"")
+        rest = other.get_command_output(started, wait=True, since=first)
+        assert (rest.stdout, rest.stderr, rest.exit_code, rest.stdout_from) == ("two\n", "err\n", 5, 4)
+    finally:
+        other.disconnect()
+    again = w.get_command_output(started)
+    assert (again.stdout, again.stderr, again.exit_code) == ("one\ntwo\n", "err\n", 5)
+    w.execute_command("rm follow")
+
+
+def it_reads_on_from_where_it_was_in_whole_characters(w: Workspace) -> None:
+    started = w.start_command(r"printf 'x\303'; until [ -e char ]; do sleep 0.05; done; printf '\274y\377'")
+    first = w.get_command_output(started)
+    while not first.stdout:
+        first = w.get_command_output(started, wait=0.05)
+    assert first.stdout == "x"
+    w.write_file("char", b"")
+    rest = w.get_command_output(started, wait=True, since=first)
+    assert (rest.stdout, rest.stdout_bytes) == ("üy\udcff", b"\xc3\xbcy\xff")
+    w.execute_command("rm char")
+
+
+def it_tells_a_long_output_piece_by_piece(w: Workspace) -> None:
+    started = w.start_command("seq 2500000")
+    told = [w.get_command_output(started, wait=True)]
+    while told[-1].truncated:
+        told.append(w.get_command_output(started, wait=True, since=told[-1]))
+    assert len(told) == 3
+    assert "".join(one.stdout for one in told) == "".join(f"{n}\n" for n in range(1, 2500001))
+
+
+def it_stops_a_started_command_and_all_that_it_started(w: Workspace) -> None:
+    started = w.start_command(f"echo on; {_SCATTERED.format(984)}")
+    w.stop_command(started)
+    ended = w.get_command_output(started)
+    assert (ended.is_running, ended.timeout_occurred) == (False, False)
+    assert ended.exit_code == -9
+    assert _sleepers(w, 984) == 0
+    w.stop_command(started)
+
+
+def it_ends_a_started_command_when_its_time_is_over(w: Workspace) -> None:
+    started = w.start_command("echo before; setsid sleep 983 & sleep 983", timeout=0.5)
+    ended = w.get_command_output(started, wait=20)
+    assert (ended.exit_code, ended.timeout_occurred, ended.stdout) == (-1, True, "before\n")
+    assert _sleepers(w, 983) == 0
+
+
+def it_waits_no_longer_than_asked(w: Workspace) -> None:
+    started = w.start_command("sleep 982")
+    began_s = time.monotonic()
+    assert w.get_command_output(started, wait=0.3).is_running
+    assert 0.3 <= time.monotonic() - began_s < 5
+    w.stop_command(started)
+
+
+def it_says_that_it_knows_no_such_command(w: Workspace) -> None:
+    for unknown in (uuid.uuid4().hex, str(uuid.uuid4()), "../../etc/passwd", "x; touch /tmp/x", ""):
+        for call in (w.get_command_output, w.stop_command, lambda c: w.get_command_output(c, wait=True)):
+            try:
+                call(unknown)
+            except UnknownCommandError as error:
+                assert error.command_id == unknown
+            else:
+                raise AssertionError(f"it knows {unknown!r}")
 
 
 BEHAVIOURS = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pickle
 import shutil
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
 
 import hpc_workspace
 from hpc_workspace import SlurmOptions, apptainer, errors
-from hpc_workspace.client import wrap_command
+from hpc_workspace.client import supervising
 from hpc_workspace.errors import ConfigError, SubmitError, WorkspaceError
 from hpc_workspace.launch import slurm, slurm_commands
 from hpc_workspace.options import WorkspaceOptions, parse_duration_s
@@ -187,11 +188,13 @@ def test_a_mount_survives_colons_and_commas() -> None:
 
 
 @pytest.mark.parametrize("value", NASTY)
-def test_a_wrapped_command_is_the_command(value: str, tmp_path: Path) -> None:
+def test_a_supervised_command_is_the_command(value: str, tmp_path: Path) -> None:
     from hpc_workspace import processes
 
-    wrapped = wrap_command('printf %s "$X"; cat', str(tmp_path), {"X": value})
-    assert processes.run(["sh", "-c", wrapped], timeout_s=10).stdout == value
+    text = supervising.supervised(
+        'printf %s "$X"; cat', command_id=uuid.uuid4().hex, cwd=str(tmp_path), env={"X": value}, is_told=True
+    ).replace(supervising.FOLDER, f"{tmp_path}/run")
+    assert processes.run(["sh", "-c", text], timeout_s=10).stdout == value
 
 
 # Each was printed by Apptainer 1.4.5 on a node where that could not be done.
