@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import REPO
 from tests.integration.cluster import PRELUDE, SERVER, TOLD, Cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long]
+pytestmark = pytest.mark.cluster
 
 USER, VENV = "tester", "venv-openhands"
 MODEL = (REPO / "tests/scripted_model.py").read_text().partition("\ndef main")[0]
@@ -23,6 +23,7 @@ EXAMPLE = (REPO / "examples/07_convo_with_apptainer_sandboxed_server.py").read_t
 TALK = f"""{MODEL}
 {PRELUDE}
 import logging, pickle, tempfile
+import httpx
 from pydantic import SecretStr
 from hpc_workspace.integrations.openhands import HpcWorkspace
 from openhands.sdk import LLM, Agent, Conversation, Tool
@@ -84,7 +85,10 @@ def tell(cluster: Cluster, venv: str, node: str, code: str, **more: Any) -> dict
     return told
 
 
-@pytest.mark.parametrize(("node", "arguments"), [("n03", ()), ("login", ("--slurm", "--partition", "cpu"))])
+@pytest.mark.parametrize(
+    ("node", "arguments"),
+    [pytest.param("n03", (), marks=pytest.mark.long), ("login", ("--slurm", "--partition", "cpu"))],
+)
 def test_the_seeds_complete_example_runs(cluster: Cluster, venv: str, node: str, arguments: tuple[str, ...]) -> None:
     script = [
         {"call": "terminal", "with": {"command": "wc -l < /workspace/notes.txt"}},
@@ -106,11 +110,21 @@ exec(compile({EXAMPLE!r}, "example", "exec"), {{"__name__": "__main__"}})
     assert any(("job " in line) == bool(arguments) for line in said if line.startswith("workspace ws-"))
 
 
-def test_a_conversation_beside_another_class_closes_at_once(cluster: Cluster, venv: str) -> None:
+def test_a_conversation_beside_another_class_and_proxies_closes_at_once(cluster: Cluster, venv: str) -> None:
+    """A second class of OpenHands', and a proxy for everything in the environment."""
     code = """
+import socket, threading
 from openhands.sdk.workspace import RemoteWorkspace
 class ApptainerWorkspace(RemoteWorkspace):
     "As upstream's, imported beside ours."
+proxy, asked = socket.create_server(("127.0.0.1", 0)), []
+def refuse():
+    while True:
+        connection = proxy.accept()[0]
+        with connection:
+            asked.append(connection.recv(65536).decode("latin-1"))
+threading.Thread(target=refuse, daemon=True).start()
+os.environ |= dict.fromkeys(["http_proxy", "HTTPS_PROXY", "all_proxy"], f"http://127.0.0.1:{proxy.getsockname()[1]}")
 model, seen = ScriptedModel([run("echo one >> /workspace/steps"), FINISH]), []
 with HpcWorkspace(**options()) as w:
     conversation = Conversation(agent=agent_for(w, model), workspace=w, visualizer=None, callbacks=[seen.append])
@@ -120,13 +134,19 @@ with HpcWorkspace(**options()) as w:
          key=w.api_key, dumped=w.model_dump_json(), seen=len(seen), closing=timed(conversation.close))
     missing = w.file_download("/workspace/nosuch", "/tmp/nosuch")
     tell(missing=[missing.success, missing.error], sent=w.file_upload(b"12345", "/workspace/five").file_size)
-tell(after=w.alive)
+    try:
+        httpx.get("http://elsewhere.example/")  # the proxy is in force
+    except httpx.HTTPError:
+        pass
+tell(after=w.alive, proxied="".join(asked))
 """
     told = tell(cluster, venv, "n03", code)
     assert (told["status"], told["steps"], told["alive"], told["after"]) == ("finished", "one\n", True, False)
     assert told["seen"] > 0
     assert told["closing"] < 1
-    assert told["key"] not in told["said"] + told["dumped"]
+    assert told["key"] not in told["said"] + told["dumped"] + told["proxied"]
+    assert "elsewhere.example" in told["proxied"]
+    assert "127.0.0.1" not in told["proxied"]
     assert told["missing"][0] is False
     assert told["sent"] == 5
 
@@ -175,7 +195,9 @@ shutil.rmtree(folder, ignore_errors=True)
     assert told["closing"] < 1
 
 
+@pytest.mark.long
 def test_a_second_process_attaches_to_workspace_and_conversation(cluster: Cluster, venv: str) -> None:
+    """And a secret that the agent server keeps reaches the agent's commands, by its name alone."""
     second = """
 workspace_id, conversation_id = sys.argv[1:]
 import uuid
@@ -189,9 +211,12 @@ conversation.close()
 w.detach()
 """
     code = f"""
-model = ScriptedModel([run("echo one >> /workspace/steps"), FINISH, run("echo two >> /workspace/steps"), FINISH])
+model = ScriptedModel([run("echo one $(echo $PASS | rev) >> /workspace/steps"), FINISH,
+                       run("echo two >> /workspace/steps"), FINISH])
 with HpcWorkspace(**options("n03")) as w:
+    w.client.put("/api/settings/secrets", json={{"name": "PASS", "value": "drowssap"}}).raise_for_status()
     conversation = Conversation(agent=agent_for(w, model), workspace=w, visualizer=None, delete_on_close=False)
+    conversation.update_secrets(w.get_secrets())
     conversation.send_message("Do it.")
     conversation.run()
     argv = [sys.executable, "-c", {(TALK + second)!r}, w.id, str(conversation.id)]
@@ -204,8 +229,45 @@ with HpcWorkspace(**options("n03")) as w:
 """
     told = tell(cluster, venv, "login", code)
     assert (told["messages"], told["status"], told["here"]) == (2, "finished", "finished")
-    assert told["steps"] == "one\ntwo\n"
+    assert told["steps"] == "one password\ntwo\n"
     assert told["pickled"] == [True, "hi\n"]
+
+
+@pytest.mark.long
+def test_a_job_that_is_requeued_under_a_conversation_ends_its_run_and_says_so(cluster: Cluster, venv: str) -> None:
+    code = """
+import threading
+from openhands.sdk.conversation.exceptions import ConversationRunError
+SLURM |= {"partition": "low", "requeue": True}
+model = ScriptedModel([run("touch /workspace/begun; sleep 600"), FINISH])
+def requeue(w):
+    subprocess.run(["scontrol", "requeue", w.job], check=True)
+    waits = f"until squeue -h -j {w.job} -t PD | grep -q .; do sleep 0.1; done"
+    subprocess.run(["sh", "-c", f"{waits}; scontrol update JobId={w.job} StartTime=now+3"], check=True)
+with HpcWorkspace(**options("n03")) as w:
+    conversation = Conversation(agent=agent_for(w, model), workspace=w, visualizer=None)
+    conversation.send_message("Do it.")
+    ended = []
+    def converse():
+        try:
+            conversation.run()
+        except ConversationRunError as error:
+            ended.append(error)
+    running = threading.Thread(target=converse)
+    running.start()
+    w.execute_command("until [ -e /workspace/begun ]; do sleep 0.05; done", timeout=60)
+    requeue(w)
+    running.join()
+    cause = ended[0].__cause__
+    tell(kind=type(cause).__name__, said=str(ended[0]), cause=str(cause), closing=timed(conversation.close),
+         goes_on=w.execute_command("ls /workspace").stdout)
+"""
+    told = tell(cluster, venv, "login", code)
+    assert told["kind"] == "SandboxRestarted"
+    assert "Slurm requeued job" in told["cause"]
+    assert "Slurm requeued job" in told["said"]
+    assert told["goes_on"] == ""
+    assert told["closing"] < 1
 
 
 @pytest.mark.long
@@ -278,6 +340,7 @@ def snippet(name: str, imports: str) -> str:
     return f"{QUIET}{IMPORTS[imports]}\nlogging.disable(logging.WARNING)\n{code}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("imports", IMPORTS)
 @pytest.mark.parametrize(
     ("name", "said"),
