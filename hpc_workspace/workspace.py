@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hpc_workspace import clock, exits, processes, rendezvous
 from hpc_workspace.apptainer import read_own_environment
@@ -406,6 +406,27 @@ class Workspace:
         """Put bytes, or text as UTF-8, into a file of the workspace, whole or not at all. Raises: as `file_upload`."""
         files = self._require_client().files
         return files.write(data.encode() if isinstance(data, str) else data, os.fsdecode(path), mode)
+
+    def upload_pipe(
+        self, pipe: BinaryIO, destination_path: FilePath, *, on_progress: Progress | None = None
+    ) -> FileOperationResult:
+        """Put what comes from a pipe, until its end, into a file of the workspace. Raises: as `file_upload`."""
+        return self._require_client().files.upload_pipe(pipe, os.fsdecode(destination_path), on_progress)
+
+    def download_pipe(
+        self, source_path: FilePath, pipe: BinaryIO, *, on_progress: Progress | None = None
+    ) -> FileOperationResult:
+        """Give the content of a file of the workspace to a pipe.
+
+        Raises:
+            FileChangedError, FileError: it changed meanwhile: what was given is worth nothing.
+            others: as `file_download`.
+        """
+        return self._require_client().files.download_pipe(os.fsdecode(source_path), pipe, on_progress)
+
+    def is_directory(self, path: FilePath) -> bool:
+        """Whether there is a directory at `path`, links followed. Raises: ServerError, TunnelError."""
+        return bool(self._require_client().files.is_directory(os.fsdecode(path)))
 
     def git_changes(self, path: str = ".") -> list[GitChange]:  # type: ignore[valid-type]  # the method list hides it
         """The changed files of the repository at `path`."""

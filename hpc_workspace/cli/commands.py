@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_workspace.cli.cp import cp
 from hpc_workspace.cli.doctor import doctor
 from hpc_workspace.cli.images import images
 from hpc_workspace.cli.output import as_line, print_stream
@@ -133,6 +134,7 @@ def up(**options: Any) -> None:
 
 
 cli.add_command(shell)
+cli.add_command(cp)
 cli.add_command(exec_)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 
 from hpc_workspace.client.local import printable
@@ -38,11 +39,23 @@ def as_file_error(error: ServerResponseError, path: str, verb: str) -> ServerRes
     Args:
         verb: read or written: what was to be done with the file.
     """
-    number = errno_in(error.evidence)
+    said = _detail(error.evidence)
+    number = errno_in(said)
     if error.status in _NOT_OURS and not number:
         return error
     status = _STATUS.get(number, 400) if error.status in _NOT_OURS else error.status
-    return server_file_error(path, verb, error.evidence, status=status, number=number or _BY_STATUS.get(status, 0))
+    return server_file_error(path, verb, said, status=status, number=number or _BY_STATUS.get(status, 0))
+
+
+def _detail(text: str) -> str:
+    """What both servers say of an error, out of the object that they say it in."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    if not isinstance(found, dict) or "detail" not in found:
+        return text
+    return "\n".join(str(found[name]) for name in ("detail", "exception") if name in found)
 
 
 def server_file_error(path: str, verb: str, evidence: str, *, status: int, number: int) -> ServerFileError:

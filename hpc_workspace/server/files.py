@@ -430,6 +430,5 @@ def _as_bad_request(path: Path, verb: str = "written") -> Iterator[None]:
     except OSError as error:
         what = f"{_shown(path)} does not exist" if error.errno == errno.ENOENT and verb == "read" else ""
         below = f" (at {error.filename!r})" if error.filename not in (None, str(path)) else ""
-        raise RequestError(
-            what or f"{_shown(path)} can't be {verb}: {error.strerror}{below}", _STATUS.get(error.errno or 0, 400)
-        ) from error
+        what = what or f"{_shown(path)} can't be {verb}: {error.strerror}{below}"
+        raise RequestError(f"{what} [Errno {error.errno or 0}]", _STATUS.get(error.errno or 0, 400)) from error

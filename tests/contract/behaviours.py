@@ -10,8 +10,11 @@ prints one line of JSON a claim: its name, and what went wrong, or null.
 from __future__ import annotations
 
 import contextlib
+import errno
+import filecmp
 import http.server
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -25,10 +28,22 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from hpc_workspace import ApptainerWorkspace, SlurmOptions, Workspace
-from hpc_workspace.errors import CommandError, UnknownCommandError
+from hpc_workspace.errors import CommandError, FileChangedError, FileError, UnknownCommandError
 from hpc_workspace.results import CommandResult, OutputChunk
+
+
+@contextlib.contextmanager
+def pytest_raises(kind: type[Exception]) -> Iterator[list[Any]]:
+    """As pytest's, which the nodes do not have; gives a list that gets the error."""
+    caught: list[Any] = []
+    try:
+        yield caught
+    except kind as error:
+        caught.append(error)
+    assert caught, f"no {kind.__name__}"
 
 
 def it_keeps_stdout_stderr_and_exit_code_apart(w: Workspace) -> None:
@@ -86,6 +101,209 @@ def it_carries_files_both_ways_with_mode_and_any_name(w: Workspace) -> None:
 def it_reads_and_writes_files_whole(w: Workspace) -> None:
     w.write_file("x.txt", "grüß\n")
     assert w.read_file("x.txt") == "grüß\n".encode()
+
+
+# --- files ---
+
+
+def _make_tree(root: Path) -> None:
+    """A directory with all that a directory can hold, and nothing that can't be copied."""
+    names = ("plain", "a b;c", "new\nline", "grüß", "\udcff\udcfe", "-n", "*", "x" * 200)
+    for number, name in enumerate(names):
+        path = root / f"d{number % 3}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([number]) * number * 1000)
+        path.chmod((0o644, 0o755, 0o400)[number % 3])
+        os.utime(path, ns=(10**18, 10**18 + number * 123_456_789))
+    (root / "empty").mkdir()
+    (root / "to-nowhere").symlink_to("nowhere at all")
+    (root / "to-passwd").symlink_to("/etc/passwd")
+    (root / "d0" / "up").symlink_to("../d1/a b;c")
+    (root / "d1").chmod(0o550)
+
+
+def _seen(root: Path) -> dict[str, tuple[object, ...]]:
+    """What is in a directory: mode, time and content of each file, the text of each link, the mode of each directory."""
+    seen: dict[str, tuple[object, ...]] = {}
+    for path in root.rglob("*"):
+        status, name = path.lstat(), str(path.relative_to(root))
+        if path.is_symlink():
+            seen[name] = (str(path.readlink()),)
+        elif path.is_dir():
+            seen[name] = (oct(status.st_mode),)
+        else:
+            seen[name] = (oct(status.st_mode), status.st_mtime_ns, path.read_bytes())
+    return seen
+
+
+def it_carries_directories_both_ways_with_all_that_is_in_them(w: Workspace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        here, back = Path(folder, "here"), Path(folder, "back")
+        _make_tree(here)
+        sent = w.file_upload(here, "trees/the tree")
+        assert sent.file_size == 28_000
+        assert w.execute_command("stat -c %a trees/*/d1; cat trees/*/d0/up | wc -c").stdout == "550\n1000\n"
+        assert w.file_download("trees/the tree", back).file_size == 28_000
+        assert _seen(back) == _seen(here)
+        assert (back / "d2").lstat().st_mtime_ns == (here / "d2").lstat().st_mtime_ns
+        w.execute_command("rm -rf trees")
+
+
+def it_keeps_modes_and_times_of_files_both_ways(w: Workspace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "tool")
+        source.write_bytes(b"#!/bin/sh\n")
+        source.chmod(0o751)
+        os.utime(source, ns=(10**18, 1_234_567_890_123_456_789))
+        w.file_upload(source, "bin/tool")
+        assert w.execute_command("stat -c '%a %Y' bin/tool").stdout == "751 1234567890\n"
+        w.file_download("bin/tool", Path(folder, "back"))
+        back = Path(folder, "back").stat()
+        assert (back.st_mode & 0o777, back.st_mtime_ns) == (0o751, 1_234_567_890_123_456_789)
+        w.write_file("bin/tool", b"new", mode=0o640)
+        assert w.execute_command("stat -c %a bin/tool; ls -A bin").stdout == "640\ntool\n"
+
+
+def it_carries_names_that_are_no_utf_8(w: Workspace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(os.fsencode(folder), b"\xff\n x")  # noqa: PTH118 - bytes
+        Path(os.fsdecode(source)).write_bytes(b"odd")
+        w.file_upload(source, b"odd/\xfe\n y")
+        assert w.read_file(b"odd/\xfe\n y") == b"odd"
+        w.file_download(b"odd/\xfe\n y", source + b"2")
+        assert Path(os.fsdecode(source + b"2")).read_bytes() == b"odd"
+        assert w.execute_command("ls odd | wc -l; rm -r odd").stdout == "2\n"
+
+
+def it_carries_empty_files_and_files_of_holes(w: Workspace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        empty, holes = Path(folder, "empty"), Path(folder, "holes")
+        empty.touch()
+        with holes.open("wb") as file:
+            file.truncate(5_000_001)
+            file.seek(3_000_000)
+            file.write(b"x")
+        for source in (empty, holes):
+            w.file_upload(source, source.name)
+            w.file_download(source.name, Path(folder, "back"))
+            assert Path(folder, "back").read_bytes() == source.read_bytes()
+        assert w.execute_command("wc -c < empty; wc -c < holes").stdout.split() == ["0", "5000001"]
+
+
+def it_puts_a_directory_into_one_that_is_there(w: Workspace) -> None:
+    w.execute_command("mkdir -p m/sub; echo old > m/sub/same; echo kept > m/kept; chmod 750 m m/sub")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source")
+        (source / "sub").mkdir(parents=True)
+        (source / "sub/same").write_text("new\n")
+        w.file_upload(source, "m")
+        assert w.execute_command("cat m/sub/same m/kept; ls -A m m/sub | wc -l").stdout == "new\nkept\n6\n"
+        (source / "kept").mkdir()
+        with pytest_raises(FileError):  # a directory where a file is
+            w.file_upload(source, "m")
+        assert w.execute_command("cat m/kept; rm -r m").stdout == "kept\n"
+
+
+def it_follows_no_link_out_of_a_directory_that_is_fetched(w: Workspace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        outside, mine = Path(folder, "outside"), Path(folder, "mine")
+        outside.mkdir()
+        w.execute_command(f"mkdir evil; ln -s '{outside}' evil/out; ln -s '{outside}/new' evil/file")
+        w.file_download("evil", mine)
+        assert (mine / "out").readlink() == outside
+        w.execute_command("rm evil/out evil/file; mkdir evil/out; echo gone > evil/out/in; echo gone > evil/file")
+        with pytest_raises(FileError):
+            w.file_download("evil", mine)
+        w.file_download("evil/file", mine / "file")
+        assert list(outside.iterdir()) == []
+        assert not (mine / "file").is_symlink()
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["mine", "outside"]
+        w.execute_command("rm -r evil")
+
+
+def it_leaves_out_of_a_directory_what_holds_no_bytes(w: Workspace) -> None:
+    w.execute_command("mkdir odd; mkfifo odd/fifo; echo a > odd/a; ln odd/a odd/b")
+    with tempfile.TemporaryDirectory() as folder:
+        w.file_download("odd", Path(folder, "odd"))
+        assert {name: value[2] for name, value in _seen(Path(folder, "odd")).items()} == {"a": b"a\n", "b": b"a\n"}
+        os.mkfifo(Path(folder, "odd/fifo"))
+        w.file_upload(Path(folder, "odd"), "odd2")
+        assert w.execute_command("ls odd2; rm -r odd odd2").stdout == "a\nb\n"
+
+
+def it_says_of_a_file_why_not_and_leaves_nothing(w: Workspace) -> None:
+    w.execute_command("mkdir there; echo x > there/file")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source")
+        source.write_bytes(b"x" * 3_000_000)
+        for act, number in (
+            (lambda: w.file_download("absent", source.with_name("new")), errno.ENOENT),
+            (lambda: w.read_file("absent"), errno.ENOENT),
+            (lambda: w.file_upload(source.with_name("absent"), "new"), errno.ENOENT),
+            (lambda: w.file_upload(source, "there"), errno.EISDIR),
+            (lambda: w.file_upload(source.parent, "there/file"), errno.ENOTDIR),
+            (lambda: w.file_download("there/file", source.parent), errno.EISDIR),
+            (lambda: w.file_upload(source, "/proc/new"), None),
+        ):
+            with pytest_raises(FileError) as caught:
+                act()
+            assert number is None or caught[0].errno == number, caught[0]
+            assert isinstance(caught[0], OSError)
+        assert [path.name for path in Path(folder).iterdir()] == ["source"]
+    assert (
+        w.execute_command("ls -A there; ls -A | grep -c part; rm -r there; ls /tmp/.hpc* | wc -l").stdout
+        == "file\n0\n0\n"
+    )
+
+
+def it_tells_of_a_file_that_changes_while_it_is_read(w: Workspace) -> None:
+    w.execute_command("head -c 40000000 /dev/zero > log; rm -f stop")
+    change = "until [ -e stop ]; do echo x >> log; done"
+    w.execute_command(f"setsid sh -c '{change}' >/dev/null 2>&1 </dev/null &")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with pytest_raises(FileChangedError):
+                w.file_download("log", Path(folder, "log"))
+        finally:
+            w.execute_command("touch stop; rm log")
+        assert list(Path(folder).iterdir()) == []
+
+
+def it_tells_how_far_a_transfer_is(w: Workspace) -> None:
+    told: list[tuple[int, int | None]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source")
+        source.write_bytes(os.urandom(3_000_000))
+        for act in (w.file_upload, w.file_download):
+            told.clear()
+            act(*((source, "far") if act == w.file_upload else ("far", source)), on_progress=lambda *n: told.append(n))
+            assert told[-1] == (3_000_000, 3_000_000)
+            assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def it_moves_large_files_in_little_memory(w: Workspace) -> None:
+    def most_bytes() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+    if not Path("/proc/self/status").exists():
+        return  # macOS has no such file
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "source")
+        with source.open("wb") as file:
+            for _ in range(100):
+                file.write(os.urandom(1_000_000))
+        w.file_upload(b"/bin/sh", "warm")
+        before = most_bytes()
+        w.file_upload(source, "large")
+        w.file_download("large", Path(folder, "back"))
+        grown = most_bytes() - before
+        assert filecmp.cmp(source, Path(folder, "back"), shallow=False)
+        assert grown < 32 * 1_048_576, f"{grown / 1e6:.0f} MB more"
+    w.execute_command("rm large")
+
+
+# --- end of files ---
 
 
 def it_is_alive_and_says_what_serves_it(w: Workspace) -> None:
