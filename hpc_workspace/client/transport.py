@@ -42,8 +42,8 @@ class _HttpStream(httpcore.NetworkStream):
         self._stream = stream
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        self._stream.settimeout(timeout)
         try:
+            self._stream.settimeout(timeout)
             return self._stream.recv(max_bytes)
         except WorkspaceError:
             raise  # some are ConnectionErrors too, and say what happened better than we could
@@ -53,8 +53,8 @@ class _HttpStream(httpcore.NetworkStream):
             raise httpcore.ReadError(str(error)) from error
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.settimeout(timeout)
         try:
+            self._stream.settimeout(timeout)
             self._stream.sendall(buffer)
         except WorkspaceError:
             raise

@@ -127,17 +127,21 @@ def read_file(fd: int, status: os.stat_result, offset: int = 0) -> Iterator[byte
     """The bytes of an open file from `offset` on, in pieces of at most 1 MiB.
 
     Raises:
-        ChangedError: it is not, or not any more, what `status` says. The last bytes may be missing then.
+        ChangedError: it is not, or not any more, what `status` says. The last bytes were not given then.
         OSError: it can't be read.
     """
+    data = b""
     while offset < status.st_size:
+        if data:
+            yield data
         data = os.pread(fd, min(CHUNK_BYTES, status.st_size - offset), offset)
         if not data:
             break
         offset += len(data)
-        yield data
     if version_of(os.fstat(fd)) != version_of(status):
         raise ChangedError("the file has changed")
+    if data:
+        yield data
 
 
 def _content(entry: _Entry, offset: int) -> Iterator[bytes]:
