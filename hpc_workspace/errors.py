@@ -29,6 +29,7 @@
         ├── ServerUnavailableError (ConnectionError)
         ├── ServerNotReadyError (TimeoutError)
         └── ServerResponseError             an answer that is not what the API promises
+            └── GitError                    git could not do what was asked: no repository, no git in the image
 
 A message has four parts: what happened to which named thing, the evidence, and what to try. A command that fails is
 not an exception: it is a `CommandResult` with an `exit_code`.
@@ -279,6 +280,16 @@ class ServerResponseError(ServerError):
     def __init__(self, what: str, *, status: int = 0, evidence: str = "", remedy: str = "") -> None:
         super().__init__(what, evidence=evidence, remedy=remedy)
         self.status = status
+
+
+class GitError(ServerResponseError):
+    """git could not do what was asked. `path` is where, as the workspace sees it; `status` 501: there is no git."""
+
+    path: str
+
+    def __init__(self, what: str, *, path: str = "", status: int = 0, evidence: str = "", remedy: str = "") -> None:
+        super().__init__(what, status=status, evidence=evidence, remedy=remedy)
+        self.path = path
 
 
 class ServerFileError(FileError, ServerResponseError):

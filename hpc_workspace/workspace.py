@@ -429,12 +429,38 @@ class Workspace:
         return bool(self._require_client().files.is_directory(os.fsdecode(path)))
 
     def git_changes(self, path: str = ".") -> list[GitChange]:  # type: ignore[valid-type]  # the method list hides it
-        """The changed files of the repository at `path`."""
+        """The changed files of the repository at `path`, against its upstream or default branch, else HEAD.
+
+        A file that was renamed is deleted and added; a file that is not tracked and not ignored is added.
+
+        Raises:
+            GitError: git failed.
+            ServerError, TunnelError: the server or the way to it is gone.
+        """
         return self._require_client().git.changes(path)
 
     def git_diff(self, path: str) -> GitDiff:
-        """The file at `path` before and after its changes."""
+        """The file at `path` before and after its changes, as text; a binary file's text is empty or approximate.
+
+        Raises:
+            GitError: the file is larger than 1 MiB, or there is and was none.
+            ServerError, TunnelError: the server or the way to it is gone.
+        """
         return self._require_client().git.diff(path)
+
+    def patch(self, path: str = ".") -> bytes:
+        """All that changed against HEAD in the repository at `path` or around it, as one patch, exact to the byte.
+
+        `git apply --index` of it in a fresh clone gives the same tree: binary files, deletions, renames, modes, links,
+        and files that are neither tracked nor ignored. Against the empty tree where there is no commit; empty where
+        nothing changed. The repository stays as it is, and nothing that its configuration names is run. Of a submodule
+        there is the commit that it is at; a repository inside it that is no submodule is left out.
+
+        Raises:
+            GitError: there is no repository, no git, or git failed.
+            CommandError, ServerError, TunnelError: as `execute_command`.
+        """
+        return self._require_client().git.patch(path)
 
     def forward(self, port: int) -> Listener:
         """A port of 127.0.0.1 here for `port` of the workspace; has `url`, `port` and `close()`."""

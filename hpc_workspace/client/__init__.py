@@ -36,7 +36,7 @@ class AgentServerClient:
         self._caller = Caller(way, api_key=api_key, server=server, working_dir=working_dir)
         self.commands = Commands(self._caller)
         self.files = Files(self._caller, self.commands, mount)
-        self.git = Git(self._caller)
+        self.git = Git(self._caller, self.commands, self.files)
 
     @property
     def http(self) -> httpx.Client:

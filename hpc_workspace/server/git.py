@@ -21,6 +21,8 @@ from hpc_workspace.server.children import run_program
 from hpc_workspace.server.requests import RequestError
 
 _TIMEOUT_S = 30.0
+# A repository's configuration must not have programs run for it that only look after git's speed.
+_OPTIONS = ("--no-pager", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
 _MAX_FILE_BYTES = 1024 * 1024
 # The hash of the tree without entries, the same in every SHA-1 repository.
 _EMPTY_TREE = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
@@ -53,7 +55,15 @@ def git_routes(environment: Callable[[], dict[str, str]], toolbox: str | None = 
         except GitFailedError as error:
             raise RequestError(str(error), 400) from error
 
-    return [Route("/api/git/changes", changes, methods=["GET"]), Route("/api/git/diff", diff, methods=["GET"])]
+    async def program(_: Request) -> Response:
+        git = find_git(environment(), toolbox)
+        return JSONResponse({"argv": git.argv, "environment": git.additions})
+
+    return [
+        Route("/api/git/changes", changes, methods=["GET"]),
+        Route("/api/git/diff", diff, methods=["GET"]),
+        Route("/api/git/program", program, methods=["GET"]),
+    ]
 
 
 def _parameters(request: Request) -> tuple[Path, str | None]:
@@ -79,17 +89,18 @@ def find_git(environment: Mapping[str, str], toolbox: str | None) -> "Git":
         raise RequestError(
             "git is not installed in this image, and not on the machine where the toolbox was made either", 501
         )
-    return Git(layout.git_argv(toolbox), _environment_of_toolbox_git(environment, toolbox))
+    # Nothing of the machine that git is from: no system configuration, no place for its programs.
+    additions = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_EXEC_PATH": f"{toolbox}/{layout.GIT_PROGRAMS}"}
+    return Git(layout.git_argv(toolbox), _environment_of_toolbox_git(environment), additions)
 
 
-def _environment_of_toolbox_git(environment: Mapping[str, str], toolbox: str) -> dict[str, str]:
-    """Nothing of the machine that git is from: no system configuration, no place for its programs.
+def _environment_of_toolbox_git(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what is not for a program that is brought along.
 
     LD_PRELOAD and LD_AUDIT name libraries of the image, which are not for the toolbox's loader; LD_LIBRARY_PATH does
     not reach git, and stays for the filters that it may start. Source: git(1), ld.so(8).
     """
-    kept = {name: value for name, value in environment.items() if name not in ("LD_PRELOAD", "LD_AUDIT")}
-    return {**kept, "GIT_CONFIG_NOSYSTEM": "1", "GIT_EXEC_PATH": f"{toolbox}/{layout.GIT_PROGRAMS}"}
+    return {name: value for name, value in environment.items() if name not in ("LD_PRELOAD", "LD_AUDIT")}
 
 
 class Git:
@@ -97,14 +108,17 @@ class Git:
 
     Args:
         argv: starts it, up to its own arguments.
+        additions: what it must find in its environment besides.
     """
 
-    def __init__(self, argv: list[str], environment: Mapping[str, str]) -> None:
-        self._argv = argv
-        self._environment = {**environment, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    def __init__(self, argv: list[str], environment: Mapping[str, str], additions: Mapping[str, str] = {}) -> None:
+        self.argv = argv
+        self.additions = dict(additions)
+        fixed = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+        self._environment = {**environment, **additions, **fixed}
 
     async def __call__(self, directory: Path, *words: str) -> bytes:
-        argv = [*self._argv, "--no-pager", *words]
+        argv = [*self.argv, *_OPTIONS, *words]
         try:
             code, out, err = await run_program(argv, cwd=str(directory), env=self._environment, timeout_s=_TIMEOUT_S)
         except (OSError, TimeoutError) as error:
@@ -148,7 +162,8 @@ async def _changes_or_none(git: Git, directory: Path, ref: str | None) -> list[d
 
 async def _changes_in(git: Git, directory: Path, ref: str | None) -> list[dict[str, str]]:
     base = await _base(git, directory, ref)
-    listed = await git(directory, "diff", "--name-status", "-z", "--no-renames", "--relative", base)
+    options = ("--name-status", "-z", "--no-renames", "--relative", "--no-ext-diff", "--ignore-submodules=dirty")
+    listed = await git(directory, "diff", *options, base)
     untracked = await git(directory, "ls-files", "-z", "--others", "--exclude-standard")
     changes = [
         {"status": _STATUS_WORDS.get(status[:1], "UPDATED"), "path": path} for status, path in _pairs(_names(listed))

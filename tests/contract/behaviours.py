@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_workspace import ApptainerWorkspace, SlurmOptions, Workspace
-from hpc_workspace.errors import CommandError, FileChangedError, FileError, UnknownCommandError
+from hpc_workspace.errors import CommandError, FileChangedError, FileError, GitError, UnknownCommandError
 from hpc_workspace.results import CommandResult, OutputChunk
 
 
@@ -591,6 +591,87 @@ def it_says_that_it_knows_no_such_command(w: Workspace) -> None:
                 assert error.command_id == unknown
             else:
                 raise AssertionError(f"it knows {unknown!r}")
+
+
+def _git(where: Path, *words: str) -> str:
+    argv = ["git", "-C", str(where), "-c", "user.name=n", "-c", "user.email=e@x", *words]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@contextlib.contextmanager
+def _repository(w: Workspace) -> Iterator[Path]:
+    """A repository with a commit and all kinds of changes, made here and put into the workspace as `repo`."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "repo")
+        (root / "dir").mkdir(parents=True)
+        _git(root, "init", "-q")
+        before = {"moved": b"".join(b"%d\n" % n for n in range(50)), "binary": b"a\0b", "two words": b"x\n"}
+        for name, content in (before | {"gone": b"bye\n", "mode": b"#!/bin/sh\r\n"}).items():
+            (root / name).write_bytes(content)
+        (root / "link").symlink_to("moved")
+        _git(root, "add", ".")
+        _git(root, "commit", "-qm", "first")
+        (root / "moved").rename(root / "now\there")
+        (root / "gone").unlink()
+        (root / "link").unlink()
+        (root / "link").symlink_to("nowhere")
+        (root / "mode").chmod(0o755)
+        after = {"binary": b"c\0d\xff", "two words": b"y\n", 'dir/ü "q"': b"new\n", "newbinary": b"\xff\0"}
+        for name, content in (after | {".gitignore": b"ignored\n", "ignored": b"z\n"}).items():
+            (root / name).write_bytes(content)
+        w.file_upload(root, "repo")
+        try:
+            yield root
+        finally:
+            w.execute_command("rm -rf repo")
+
+
+def it_lists_what_changed_in_a_repository_whatever_its_name(w: Workspace) -> None:
+    with _repository(w):
+        assert {change.path: change.status for change in w.git_changes("repo")} == {
+            "moved": "DELETED",
+            "now\there": "ADDED",
+            "binary": "UPDATED",
+            "two words": "UPDATED",
+            "gone": "DELETED",
+            "mode": "UPDATED",
+            "link": "UPDATED",
+            'dir/ü "q"': "ADDED",
+            "newbinary": "ADDED",
+            ".gitignore": "ADDED",
+        }
+    assert w.git_changes("/") == []
+
+
+def it_shows_a_file_before_and_after(w: Workspace) -> None:
+    with _repository(w):
+        changed = w.git_diff("repo/two words")
+        assert (changed.original, changed.modified) == ("x", "y")
+        gone = w.git_diff("repo/gone")
+        assert (gone.original, gone.modified) == ("bye", "")
+        assert w.git_diff("repo/newbinary").modified == ""
+        assert w.git_diff("repo/binary").original == "a\0b"
+
+
+def it_gives_a_patch_that_makes_the_same_tree_in_a_fresh_clone(w: Workspace) -> None:
+    with _repository(w) as root:
+        w.execute_command("head -c 3000000 /dev/urandom >repo/large")
+        patch = w.patch("repo/dir")
+        w.file_download("repo/large", root / "large")
+        clone = root.parent / "clone"
+        _git(root, "clone", "-q", str(root), str(clone))
+        (root.parent / "patch").write_bytes(patch)
+        _git(clone, "apply", "--index", "../patch")
+        _git(root, "add", "-A")
+        assert _git(clone, "write-tree") == _git(root, "write-tree")
+        assert w.git_changes("repo")  # its own index is as it was
+    for nowhere in ("/", "/does/not/exist"):
+        try:
+            w.patch(nowhere)
+        except GitError as error:
+            assert error.path == nowhere
+        else:
+            raise AssertionError("a patch of no repository")
 
 
 BEHAVIOURS = {
