@@ -169,6 +169,10 @@ class Caller:
     def _dial(self) -> Stream:
         return self._way.dial(Wish(want="server"), getattr(self._call, "began_s", math.inf))
 
+    def open_stream(self, call_began_s: float) -> Stream:
+        """A connection to the server of one's own. Raises: as `Way.dial`."""
+        return self._way.dial(Wish(want="server"), call_began_s)
+
     def absolute(self, path: str) -> str:
         """`path` as the workspace sees it; relative ones begin at its `working_dir`."""
         return path if path.startswith("/") else f"{self.working_dir.rstrip('/')}/{path}"

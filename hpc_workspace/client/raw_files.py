@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 from hpc_workspace import clock
+from hpc_workspace.client.bulk import BulkResponse
 from hpc_workspace.client.calls import Caller, Patience, parse_json
 from hpc_workspace.client.failures import as_file_error, changed_error
 from hpc_workspace.client.local import Found, Landing, Progress, Source, local_errors, printable
@@ -23,6 +24,8 @@ from hpc_workspace.errors import (
 )
 
 COPY_BYTES = 1024 * 1024
+# What is larger gets a connection of its own.
+_SMALL_BYTES = 2 * COPY_BYTES
 # How often something that changes is begun anew.
 TRIES = 3
 _GONE, _NOT_SHARED, _CHANGED = 404, 410, 412
@@ -169,26 +172,40 @@ class RawFiles:
 
     def _get_rest(self, state: _Arriving, call_began_s: float) -> None:
         query: dict[str, object] = {"path": state.path}
-        if state.found is not None:
+        if state.found is None:
+            query["most"] = _SMALL_BYTES
+        else:
             query |= {"offset": state.received, "version": state.found.version}
         began_s = clock.now_s()
+        target = url("/api/file/raw", **query)
         try:
-            response = self._caller.send(
-                "GET", url("/api/file/raw", **query), is_streamed=True, call_began_s=call_began_s
-            )
+            if state.found is None:
+                response = self._caller.send("GET", target, is_streamed=True, call_began_s=call_began_s)
+                try:
+                    state.begin(_parse_found(response.headers))
+                    for piece in self._caller.guarded(response.iter_raw(COPY_BYTES), began_s):
+                        state.take(piece)
+                finally:
+                    response.close()
+                if not state.is_large:
+                    return self._require_whole(state, began_s)
+                query |= {"offset": 0, "version": state.version}
+                del query["most"]
+                target = url("/api/file/raw", **query)
+            with BulkResponse(self._caller, target, call_began_s) as bulk:
+                state.begin(_parse_found(bulk.headers))
+                for piece in bulk.pieces():
+                    state.take(piece)
         except ServerResponseError as error:
             if error.status == _CHANGED:
                 raise changed_error(state.path) from error
             raise as_file_error(error, state.path, "read") from error
-        try:
-            state.begin(_parse_found(response.headers, state.received))
-            for piece in self._caller.guarded(response.iter_raw(COPY_BYTES), began_s):
-                state.take(piece)
-            if not state.is_whole:
-                cut = TunnelLostError("The connection ended in the middle of a file.")
-                raise self._caller.explain(cut, began_s)
-        finally:
-            response.close()
+        return self._require_whole(state, began_s)
+
+    def _require_whole(self, state: _Arriving, began_s: float) -> None:
+        if not state.is_whole:
+            cut = TunnelLostError("The connection ended in the middle of a file.")
+            raise self._caller.explain(cut, began_s)
 
     def look(self, path: str, *, with_scan: bool = False) -> dict[str, Any]:
         """What is at `path`, links followed: kind, size, mode, mtime_ns, ino, version. Raises: ServerFileError."""
@@ -233,6 +250,15 @@ class _Arriving:
         self._on_progress = on_progress
 
     @property
+    def is_large(self) -> bool:
+        """Whether it was told of, and none of it came."""
+        return self.found is not None and self.found.size > _SMALL_BYTES and not self.received
+
+    @property
+    def version(self) -> str:
+        return self.found.version if self.found is not None else ""
+
+    @property
     def received(self) -> int:
         return self._landing.received if self._landing is not None else 0
 
@@ -274,13 +300,13 @@ class _Arriving:
             self._landing.discard()
 
 
-def _parse_found(headers: Any, offset: int) -> Found:
+def _parse_found(headers: Any) -> Found:
     try:
         return Found(
             kind=headers["x-file-kind"],
             mode=int(headers["x-file-mode"], 8),
             mtime_ns=int(headers["x-file-mtime-ns"]),
-            size=offset + int(headers["content-length"]) - len(_SAME),
+            size=int(headers["x-file-size"]),
             content_bytes=int(headers["x-file-bytes"]),
             version=headers["x-file-version"],
             left_out=tuple(

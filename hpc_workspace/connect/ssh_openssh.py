@@ -17,6 +17,8 @@ from hpc_workspace.errors import TunnelError
 from hpc_workspace.record import Record
 
 _CONNECT_TIMEOUT_S = 20
+# Before ssh's own order, which begins with ChaCha20: with AES instructions this is several times as quick for bulk.
+_CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 
 
 def build_forward_argv(node: str, port: int, control_dir: str) -> list[str]:
@@ -27,6 +29,7 @@ def build_forward_argv(node: str, port: int, control_dir: str) -> list[str]:
         "ControlPath": f"{control_dir}/%C",
         "ControlPersist": "60",
         "ConnectTimeout": str(_CONNECT_TIMEOUT_S),
+        "Ciphers": _CIPHERS,
     }
     flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
     return ["ssh", *flags, "-W", f"127.0.0.1:{port}", "--", node]

@@ -213,14 +213,14 @@ async def _download(request: Request) -> Response:
 async def _get_raw(request: Request) -> Response:
     """A file, or a directory as an archive, from byte `offset` on; then one byte that says whether it stayed the same.
 
-    With `version`, 412 if it is another than that.
+    With `version`, 412 if it is another than that. With `most`, nothing of what is longer, but all that is told of it.
     """
     query = _query_of(request)
     path = _path_of(query)
     try:
-        offset = int(query.get("offset", "0"))
+        offset, most = int(query.get("offset", "0")), int(query["most"]) if "most" in query else None
     except ValueError:
-        raise RequestError("offset must be a number of bytes") from None
+        raise RequestError("offset and most must be numbers of bytes") from None
     fd, status = await asyncio.to_thread(_open, path)
     headers = {
         "x-file-mode": f"{stat.S_IMODE(status.st_mode):04o}",
@@ -247,11 +247,11 @@ async def _get_raw(request: Request) -> Response:
     except BaseException:
         os.close(fd)
         raise
-    headers |= {
-        "content-length": str(size - offset + len(_SAME)),
-        "x-file-version": version,
-        "x-file-bytes": str(content_bytes),
-    }
+    headers |= {"x-file-version": version, "x-file-size": str(size), "x-file-bytes": str(content_bytes)}
+    if most is not None and size - offset > most:
+        os.close(fd)
+        return Response(headers=headers)
+    headers["content-length"] = str(size - offset + len(_SAME))
     content = _streamed(fd, lambda: _sealed(pieces(), size - offset))
     return StreamingResponse(content, media_type="application/octet-stream", headers=headers)
 
