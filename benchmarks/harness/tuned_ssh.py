@@ -1,0 +1,61 @@
+"""The tunnel that an expert would make by hand: the system's `ssh -L`, tuned so that nothing waits for Nagle."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import time
+
+from benchmarks.harness.floors import tcp_socket
+from hpc_workspace.client import AgentServerClient, AtOnce
+from hpc_workspace.connect.streams import SocketStream
+from hpc_workspace.record import Record
+
+_READY_TIMEOUT_S = 20.0
+
+
+class TunedForward:
+    """A forwarded port, past the door, and our HTTP client over it: the route alone is what is different.
+
+    sshd sets TCP_NODELAY on its connection only once a session channel has run something (OpenSSH 10.0): so it is not
+    `ssh -N`, but one whose session runs `cat` for as long as we hold its stdin.
+
+    Raises:
+        OSError: it does not come up.
+    """
+
+    def __init__(self, record: Record, server_socket: str, key: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        options = ["-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-o", "ControlPath=none"]
+        argv = ["ssh", *options, "-L", f"127.0.0.1:{self._port}:{server_socket}", record.node, "cat"]
+        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        self.client = AgentServerClient(
+            AtOnce(lambda _: SocketStream(tcp_socket("127.0.0.1", self._port))),
+            api_key=key,
+            server=record.server,
+            working_dir=record.working_dir,
+        )
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        until_s = time.monotonic() + _READY_TIMEOUT_S
+        while time.monotonic() < until_s and self._process.poll() is None:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self._port)):
+                return
+            time.sleep(0.02)
+        self.close()
+        raise OSError(f"ssh -L does not listen ({self._process.returncode})")
+
+    def close(self) -> None:
+        """End it, by the end of its session's stdin."""
+        self.client.close()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait()
