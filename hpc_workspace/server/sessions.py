@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MARK_NAME = "HPC_WORKSPACE_COMMAND"
@@ -18,6 +18,14 @@ _POLL_S = 0.05
 
 
 @dataclass(frozen=True)
+class Process:
+    """A live process: its id, and the clock tick at which it began (an id alone is given out again)."""
+
+    pid: int
+    began: int
+
+
+@dataclass
 class Family:
     """What one command started.
 
@@ -28,23 +36,32 @@ class Family:
 
     session: int
     mark: str | None = None
+    # Whoever was seen once stays a member, though its parent is gone.
+    _seen: set[Process] = field(default_factory=set)
 
     def members(self) -> set[int]:
         """Pids of live processes (zombies excepted); empty where there is no /proc."""
         parents = {}
         found = set()
         marked = None if self.mark is None else f"\0{MARK_NAME}={self.mark}\0".encode()
-        for pid, (parent, session) in _processes().items():
-            parents[pid] = parent
-            if session == self.session or (marked is not None and marked in b"\0" + _environment(pid)):
-                found.add(pid)
-        return found | _descendants(found, parents)
+        alive = _processes()
+        for process, (parent, session) in alive.items():
+            parents[process.pid] = parent
+            if (
+                session == self.session
+                or process in self._seen
+                or (marked is not None and marked in b"\0" + _environment(process.pid))
+            ):
+                found.add(process.pid)
+        found |= _descendants(found, parents)
+        self._seen |= {process for process in alive if process.pid in found}
+        return found
 
     def signal(self, number: signal.Signals) -> int:
-        """Signal the leader's process group, then every other member; returns how many members were seen alive."""
+        """Signal the leader's process group and every other member; returns how many members were seen alive."""
+        members = self.members()  # before the first of them dies, and its children have another parent
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.session, number)
-        members = self.members()
         for pid in members:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if os.getpgid(pid) != self.session:
@@ -52,10 +69,11 @@ class Family:
         return len(members)
 
 
-def _processes() -> dict[int, tuple[int, int]]:
+def _processes() -> dict[Process, tuple[int, int]]:
     """Parent and session of every live process.
 
-    Source: proc(5), /proc/pid/stat: the fields after the last ")" are state, ppid, pgrp, session.
+    Source: proc(5), /proc/pid/stat: the fields after the last ")" are state, ppid, pgrp, session; the 20th is the time
+    of the start.
     """
     found = {}
     try:
@@ -67,9 +85,9 @@ def _processes() -> dict[int, tuple[int, int]]:
             stat = Path(f"/proc/{name}/stat").read_bytes()
         except OSError:  # it ended between listing and reading
             continue
-        state, parent, _, session = stat.rpartition(b")")[2].split(maxsplit=4)[:4]
-        if state not in (b"Z", b"X"):
-            found[int(name)] = (int(parent), int(session))
+        fields = stat.rpartition(b")")[2].split()
+        if fields[0] not in (b"Z", b"X"):
+            found[Process(int(name), int(fields[19]))] = (int(fields[1]), int(fields[3]))
     return found
 
 

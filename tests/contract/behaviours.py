@@ -251,7 +251,9 @@ def it_says_of_a_file_why_not_and_leaves_nothing(w: Workspace) -> None:
             assert isinstance(caught[0], OSError)
         assert [path.name for path in Path(folder).iterdir()] == ["source"]
     assert (
-        w.execute_command("ls -A there; ls -A | grep -c part; rm -r there; ls /tmp/.hpc* | wc -l").stdout
+        w.execute_command(
+            "ls -A there; ls -A | grep -c part; rm -r there; ls -d /tmp/.hpc-workspace-????????????????????* | wc -l"
+        ).stdout
         == "file\n0\n0\n"
     )
 
