@@ -538,6 +538,19 @@ def it_starts_a_command_that_another_client_follows_to_its_end(w: Workspace) -> 
     w.execute_command("rm follow")
 
 
+def it_starts_a_command_whose_result_another_process_gets(w: Workspace) -> None:
+    def elsewhere(code: str, *arguments: str) -> str:
+        head = "import sys, hpc_workspace as h; w = h.Workspace.attach(sys.argv[1]); "
+        argv = [sys.executable, "-c", f"{head}{code}; w.disconnect()", w.id, *arguments]
+        ended = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout.strip()
+
+    started = elsewhere("print(w.start_command('echo on; sleep 1; echo off; exit 6'))")
+    told = elsewhere("o = w.get_command_output(sys.argv[2], wait=True); print(o.stdout.split(), o.exit_code)", started)
+    assert told == "['on', 'off'] 6"
+
+
 def it_reads_on_from_where_it_was_in_whole_characters(w: Workspace) -> None:
     started = w.start_command(r"printf 'x\303'; until [ -e char ]; do sleep 0.05; done; printf '\274y\377'")
     first = w.get_command_output(started)

@@ -338,6 +338,7 @@ with tempfile.TemporaryDirectory(prefix="repo-", dir=Path.home()) as repo:
             path=out("echo $PATH").split(":"),
             changes={{c.path: c.status for c in w.git_changes(".")}},
             diff=[w.git_diff("a file").original, w.git_diff("a file").modified],
+            patch=w.patch().decode(),
             inside=w.write_file("x", b"y") and w.read_file("x").decode(),
         )
 """
@@ -347,12 +348,15 @@ with tempfile.TemporaryDirectory(prefix="repo-", dir=Path.home()) as repo:
     assert told["special"] == expected
     # What the runtime itself gives, what the shell sets, the mark of the workspace, and what the entrypoint exports.
     expected_more = {"PWD", "SHLVL", "OLDPWD", "_", "HPC_WORKSPACE_SESSION", "FROM_ENTRYPOINT"}
+    expected_more.add("HPC_WORKSPACE_COMMAND")
     more = {pair.partition("=")[0] for pair in set(told["variables"]) - set(told["plain"])}
     more = {name for name in more if not name.startswith(("APPTAINER_", "SINGULARITY_"))}
     assert more <= expected_more | ({"PATH"} if kind == "entrypoint" else set())
     assert not [place for place in told["path"] if place.startswith("/.hw")]
     assert told["changes"] == {"a file": "UPDATED", "new": "ADDED"}
     assert told["diff"] == ["one", "two"]
+    for part in ("diff --git a/a file b/a file", "-one", "+two", "diff --git a/new b/new", "+three"):
+        assert part in told["patch"]
     assert told["inside"] == "y"
 
 
