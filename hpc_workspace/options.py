@@ -79,6 +79,24 @@ def _matching(pattern: re.Pattern[str], shape: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def parse_size_bytes(value: str | int) -> int:
+    """Bytes of `512M`, `4G`, `1T` (powers of 1024, as sbatch's --mem) or a bare number of bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, int):
+        size = value
+    else:
+        match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", value.strip(), re.IGNORECASE)
+        if match is None:
+            raise ValueError("is not a size such as 512M or 4G")
+        size = int(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")
+    if size <= 0:
+        raise ValueError("is not above zero")
+    return size
+
+
 def parse_duration_s(value: str | float | None) -> float | None:
     """Seconds of `15min`, `90s`, `2h`, `1d` or a bare number of seconds; None stays None (never).
 

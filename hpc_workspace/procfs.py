@@ -69,6 +69,16 @@ def descendants(*root_pids: int, processes: dict[int, Process] | None = None) ->
     return found
 
 
+def memory_bytes(pid: int) -> int:
+    """The memory of a process, pages that several share split among them (Pss); 0 if it is gone or hidden. proc(5)."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
 def environment_value(pid: int, name: str) -> str | None:
     """The value that `name` had in the environment a process was started with; None without it, or if it is hidden."""
     wanted = f"{name}=".encode()

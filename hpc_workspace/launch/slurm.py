@@ -181,6 +181,33 @@ def _ask_slurm(argv: Sequence[str], timeout_s: float = _QUESTION_TIMEOUT_S) -> p
     return processes.run(argv, timeout_s=timeout_s, env=slurm_commands.strip_environment(os.environ))
 
 
+def cancel_jobs(job_ids: Sequence[str]) -> None:
+    """Cancel jobs; those that have ended are passed over.
+
+    Raises:
+        SchedulerUnavailableError: Slurm does not answer; they may go on.
+    """
+    if not job_ids:
+        return
+    try:
+        ended = _ask_slurm(slurm_commands.build_scancel_argv(*job_ids))
+    except processes.ProgramTimeoutError as error:
+        raise SchedulerUnavailableError(str(error)) from error
+    if ended.returncode != 0 and "Invalid job id" not in ended.said:
+        raise SchedulerUnavailableError("scancel failed.", evidence=ended.said)
+
+
+def read_array_max() -> int | None:
+    """How many tasks one array may have; None where Slurm does not say. slurm.conf(5), MaxArraySize."""
+    try:
+        ended = _ask_slurm(slurm_commands.build_config_argv())
+    except processes.ProgramTimeoutError:
+        return None
+    said = slurm_commands.parse_config(ended.stdout).get("MaxArraySize", "") if ended.returncode == 0 else ""
+    # The highest index is one below it, and ours begin at 0.
+    return max(1, int(said) - 1) if said.isdigit() else None
+
+
 def job_name(directory: WorkspaceDirectory) -> str:
     return f"hpcws-{directory.workspace_id}"
 

@@ -202,8 +202,20 @@ def parse_sacct(stdout: str) -> JobStatus | None:
     return None
 
 
-def build_scancel_argv(job_id: str) -> list[str]:
-    return ["scancel", "--quiet", job_id]
+def build_config_argv() -> list[str]:
+    """The argv that shows Slurm's configuration."""
+    return ["scontrol", "show", "config"]
+
+
+def parse_config(stdout: str) -> dict[str, str]:
+    """The lines `Name = value` of Slurm's configuration."""
+    pairs = (line.partition("=") for line in stdout.splitlines() if "=" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def build_scancel_argv(*job_ids: str) -> list[str]:
+    """The argv that cancels jobs; those that have ended are passed over."""
+    return ["scancel", "--quiet", *job_ids]
 
 
 def strip_environment(environment: Mapping[str, str]) -> dict[str, str]:

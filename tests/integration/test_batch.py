@@ -1,8 +1,9 @@
-"""A batch through a real job array, as an ordinary user."""
+"""A batch through real job arrays, as an ordinary user."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -10,50 +11,93 @@ from tests.integration.cluster import COMPUTE, VENV, Cluster
 
 pytestmark = pytest.mark.cluster
 
-EVALUATE = """
-import json, shutil, socket
+BEGIN = """
+import json, logging, os, shutil, signal, sys
 from pathlib import Path
 from hpc_workspace import SlurmOptions
 from hpc_workspace.batch import evaluate
-from hpc_workspace.errors import JobEndedError
-
-def agent(workspace, task):
-    if task.get("dies"):
-        import os, signal
-        if not Path(task["dies"]).exists():
-            Path(task["dies"]).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-    return {"node": workspace.node, "said": workspace.execute_command(f"echo {task['n']}").stdout.strip()}
-
+from hpc_workspace.errors import WorkspaceError
+logging.basicConfig(level=logging.INFO)
 run = Path.home() / "run"
-shutil.rmtree(run, ignore_errors=True)
 died = Path.home() / "died"
-died.unlink(missing_ok=True)
-tasks = [{"id": f"t{n}", "n": n} for n in range(6)] + [{"id": "killed", "n": 9, "dies": str(died)}]
-options = dict(run_dir=run, image="/shared/images/tiny.sif", pilots=2, workspaces_per_pilot=2,
-               slurm=SlurmOptions(partition="cpu", time="5", mem="2G", cpus_per_task=2))
-lost = ""
-try:
-    evaluate(agent, tasks, **options)
-except JobEndedError as error:
-    lost = str(error)
-report = evaluate(agent, tasks, **options)
-print(json.dumps({"lost": lost, "counts": report.counts, "missing": report.missing, "results": report.results}))
 """
+EVALUATE = (
+    BEGIN
+    + """
+def agent(workspace, task):
+    if task.get("kills") and not died.exists():
+        died.touch()
+        os.kill(os.getppid() if task["kills"] == "pilot" else os.getpid(), signal.SIGKILL)
+    if task.get("fails"):
+        raise ValueError("no idea")
+    if task.get("exits"):
+        os._exit(3)
+    if task.get("hangs"):
+        workspace.execute_command("sleep 600", timeout=700)
+    print("said by the agent", task["id"])
+    return {"node": workspace.node, "said": workspace.execute_command(f"echo {task['id']}").stdout.strip()}
+
+shutil.rmtree(run, ignore_errors=True)
+died.unlink(missing_ok=True)
+report = evaluate(agent, TASKS, run_dir=run, image="/shared/images/tiny.sif", pilots=2, workspaces_per_pilot=2,
+                  slurm=SlurmOptions(partition="cpu", time="10", mem="4G", cpus_per_task=2), OPTIONS)
+print(json.dumps({"counts": report.counts, "missing": report.missing, "results": report.results,
+                  "attempts": report.attempts, "modes": [oct(p.stat().st_mode & 0o777) for p in run.iterdir()],
+                  "log": next(run.glob("attempts/t0/1/agent.log")).read_text()}))
+"""
+)
 
 
-def test_a_killed_pilots_tasks_run_again_and_every_task_is_there_once(cluster: Cluster) -> None:
-    ended = cluster.python("login", EVALUATE)
+def evaluate(cluster: Cluster, tasks: list[dict[str, Any]], options: str = "") -> dict[str, Any]:
+    code = EVALUATE.replace("TASKS", repr(tasks)).replace(", OPTIONS", f", {options}" if options else "")
+    ended = cluster.python("login", code)
     assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout.splitlines()[-1])
-    assert "A pilot ended without a result" in told["lost"]
-    assert told["missing"] == []
-    assert told["counts"] == {"done": 7}
-    said = {line["task"]: line["result"]["said"] for line in told["results"]}
-    assert said == {**{f"t{n}": str(n) for n in range(6)}, "killed": "9"}
-    assert all(line["result"]["node"].startswith("n0") for line in told["results"])
-    # What a killed node program could not remove goes with the next workspace of this user on its node.
+    told: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    told["stderr"] = ended.stderr
+    return told
+
+
+def clear_up(cluster: Cluster) -> None:
+    """What a killed node program could not remove goes with the next workspace of this user on its node."""
     for node in COMPUTE:
         again = cluster.run(node, [f"{VENV}/hpc-workspace", "run", "--image", "/shared/images/tiny.sif", "--", "true"])
         assert again.returncode == 0, again.stderr
+    assert cluster.leftovers() == {}
+
+
+def test_every_task_has_its_own_end_and_its_own_log(cluster: Cluster) -> None:
+    tasks = [{"id": f"t{n}"} for n in range(4)]
+    tasks += [{"id": "fails", "fails": 1}, {"id": "exits", "exits": 1}, {"id": "hangs", "hangs": 1}]
+    told = evaluate(cluster, tasks, "task_timeout=20")
+    assert told["missing"] == []
+    assert told["counts"] == {"done": 4, "agent": 2, "task_timeout": 1}
+    said = {line["task"]: line["result"]["said"] for line in told["results"] if line["status"] == "done"}
+    assert said == {f"t{n}": f"t{n}" for n in range(4)}
+    errors = {line["task"]: line["error"] for line in told["results"]}
+    assert "ValueError: no idea" in errors["fails"]
+    assert "exit code 3" in errors["exits"]
+    assert "It had 20 s" in errors["hangs"]
+    assert told["log"] == "said by the agent t0\n"
+    assert {line["node"][:2] for line in told["results"]} == {"n0"}
+    assert cluster.leftovers() == {}
+
+
+@pytest.mark.parametrize("kills", ["attempt", "pilot"])
+def test_what_was_killed_is_done_again_in_the_same_call(cluster: Cluster, kills: str) -> None:
+    told = evaluate(cluster, [{"id": f"t{n}"} for n in range(5)] + [{"id": "killer", "kills": kills}])
+    assert told["missing"] == []
+    assert told["counts"] == {"done": 6}
+    assert told["attempts"]["lost"] >= 1
+    assert {line["task"]: line["attempt"] for line in told["results"]}["killer"] == 2
+    clear_up(cluster)
+
+
+def test_a_sandbox_that_can_not_start_is_seen_by_one_pilot_and_one_task(cluster: Cluster) -> None:
+    code = EVALUATE.replace("TASKS", repr([{"id": f"t{n}"} for n in range(20)]))
+    code = code.replace(", OPTIONS", ", extra_bind_mounts=['/nowhere:/x'], retries={'start': 0}")
+    ended = cluster.python("login", code)
+    assert ended.returncode != 0
+    assert "The first task's sandbox did not start" in ended.stderr, ended.stderr
+    begun = cluster.run("login", ["sh", "-c", "ls ~/run/claims ~/run/pilots | grep -c ."]).stdout.strip()
+    assert int(begun) <= 6  # two headings, a blank line, one pilot and one task
     assert cluster.leftovers() == {}
