@@ -17,6 +17,7 @@ from hpc_workspace.options import SlurmOptions
 os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
 # A step inherits the job's own --export otherwise, which leaves it nothing. Source: srun(1), SLURM_EXPORT_ENV.
 _SETUP = ["export SLURM_EXPORT_ENV=ALL"]
+_JOB_NAME = "hpcws-batch"
 _OWN = {"partition", "account", "qos", "time", "cpus_per_task", "mem", "mem_per_cpu", "gres", "constraint",
         "nodelist", "exclude", "comment"}  # fmt: skip
 
@@ -76,6 +77,7 @@ def _parameters(slurm: SlurmOptions, count: int) -> dict[str, Any]:
     others = {name.replace("_", "-"): value for name, value in words.items() if name not in _OWN}
     return {
         **{name: value for name, value in words.items() if name in _OWN},
+        "job_name": _JOB_NAME,
         "setup": [*_SETUP, *slurm.setup],
         "array_parallelism": count,
         "additional_parameters": {**others, "export": exported or "NIL"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ _ASK_SLURM_S = 10.0
 # Pilots that end one after the other and never claim anything do not get better.
 _BARREN_MAX = 3
 _GOODBYE_S = 120.0
+_APPEARS_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Coordinator:
         self._on_state = on_state
         self._reader = RunReader(run)
         self._submitted: dict[str, Submitted] = {}
+        self._submitted_s: dict[str, float] = {}
         self._jobs = {str(job) for one in run.submissions() for job in one["jobs"]}
         self._barren = 0
         self._ended: set[str] = set()
@@ -210,11 +213,16 @@ class Coordinator:
             return submitted.has_ended
         if self._wanted.slurm is None:
             return True  # of an earlier call, and it would have begun long ago
+        submitted_s = self._submitted_s.get(job, -math.inf)
         try:
-            status = view.status(job, max_age_s=_ASK_SLURM_S)
+            status = view.status(job, max_age_s=_ASK_SLURM_S, not_before_s=submitted_s)
         except SchedulerUnavailableError:
             return False
-        return status is None or status.is_final
+        if status is None:
+            # Neither there yet, nor any more.
+            return clock.now_s() - submitted_s > _APPEARS_S
+        # What a pilot that has ended has written may be seen a moment later.
+        return status.is_final and clock.now_s() - submitted_s > _APPEARS_S
 
     def _note_fate(self, pilot: PilotView, fate: dict[str, object]) -> None:
         self._run.write_about(pilot.name, "fate", {**fate, "noted_at": clock.wall_s()})
@@ -254,6 +262,7 @@ class Coordinator:
             jobs = [one.job_id for one in submitted]
             self._submitted.update(zip(jobs, submitted, strict=True))
             self._jobs |= set(jobs)
+            self._submitted_s.update(dict.fromkeys(jobs, clock.now_s()))
             kind = "local" if slurm is None else "slurm"
             self._run.note_submission({"jobs": jobs, "kind": kind, "submitted_at": clock.wall_s()})
             self._say(f"{size} pilot{'s' if size > 1 else ''} submitted: {_shown(jobs)}")
