@@ -11,7 +11,7 @@ PYTHON312 ?= $(shell for python in python3 python3.14 python3.13 python3.12 \
 DEPENDENCIES := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*p["dependencies"], *p["optional-dependencies"]["openhands"], "pytest>=8", sep="\n")
 
-.PHONY: demo test test-long test-accounting test-openhands check fix clean
+.PHONY: demo test test-long test-accounting test-openhands bench check fix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hpc-workspace demo
@@ -34,6 +34,10 @@ test-openhands:
 	$(OPENHANDS)/bin/python -c '$(DEPENDENCIES)' >$(OPENHANDS)/requirements.txt
 	$(OPENHANDS)/bin/pip install --quiet --disable-pip-version-check --upgrade -r $(OPENHANDS)/requirements.txt
 	OPENHANDS_SUPPRESS_BANNER=1 $(OPENHANDS)/bin/python -m pytest tests/unit/test_openhands.py
+
+# Every row beside its floor, peers and goal, on the test cluster, into build/; some rows: make bench ROWS='ssh-* help'
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.harness.on_cluster '$(ROWS)'
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check hpc_workspace tests examples benchmarks

@@ -60,22 +60,21 @@ def write(report: Report, directory: Path) -> None:
 def main() -> int:
     """The command line of `make bench`. Lost goals are in the table; they are no failure of the run."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("patterns", nargs="*", help="shell patterns of the names of rows; none: all")
+    parser.add_argument("rows", nargs="*", help="shell patterns of the names of rows, by spaces or commas; none: all")
     parser.add_argument("--rounds", type=int, help="instead of each row's own number of rounds")
     parser.add_argument("--user", default="tester", help="who runs it in the nodes")
     parser.add_argument("--from-tree", action="store_true", help="a copy of the work tree instead of the built wheel")
     parser.add_argument("--into", type=Path, default=REPO / "build", help="where the results are written")
     given = parser.parse_args()
+    patterns = [pattern for text in given.rows for pattern in text.replace(",", " ").split()]
     if reason := why_no_cluster():
         sys.stderr.write(f"make bench needs the test cluster: {reason}\n")
         return 1
     from benchmarks.harness.rows import choose
 
-    nodes = [node for node in _NODES if choose(given.patterns, "login" if node == "login" else "n01")]
+    nodes = [node for node in _NODES if choose(patterns, "login" if node == "login" else "n01")]
     if not nodes:
-        sys.stderr.write(
-            f"no row matches {' '.join(given.patterns)}; there are: {' '.join(r.name for r in choose())}\n"
-        )
+        sys.stderr.write(f"no row matches {' '.join(patterns)}; there are: {' '.join(r.name for r in choose())}\n")
         return 1
     cluster = Cluster(REPO)
     if not given.from_tree:
@@ -86,7 +85,7 @@ def main() -> int:
     cluster.run("n01", [f"{VENV}/python", "-m", "compileall", "-q", f"/shared/scratch/{code.name}"], user="root")
     rounds = [f"--rounds={given.rounds}"] if given.rounds else []
     try:
-        reports = [measure_on(cluster, node, code, given.user, [*rounds, *given.patterns]) for node in nodes]
+        reports = [measure_on(cluster, node, code, given.user, [*rounds, *patterns]) for node in nodes]
     finally:
         shutil.rmtree(code)
         if not given.from_tree:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import select
 import socket
 import subprocess
-import time
 
 from benchmarks.harness.floors import tcp_socket
 from hpc_workspace.client import AgentServerClient, AtOnce
@@ -31,7 +30,7 @@ class TunedForward:
             self._port = probe.getsockname()[1]
         options = ["-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-o", "ControlPath=none"]
         argv = ["ssh", *options, "-L", f"127.0.0.1:{self._port}:{server_socket}", record.node, "cat"]
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.client = AgentServerClient(
             AtOnce(lambda _: SocketStream(tcp_socket("127.0.0.1", self._port))),
             api_key=key,
@@ -41,13 +40,15 @@ class TunedForward:
         self._wait_ready()
 
     def _wait_ready(self) -> None:
-        until_s = time.monotonic() + _READY_TIMEOUT_S
-        while time.monotonic() < until_s and self._process.poll() is None:
-            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self._port)):
-                return
-            time.sleep(0.02)
-        self.close()
-        raise OSError(f"ssh -L does not listen ({self._process.returncode})")
+        """Until what its session runs gives a line back: the forward was set up before that."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        is_ready, _, _ = select.select([self._process.stdout], [], [], _READY_TIMEOUT_S)
+        if not is_ready or self._process.stdout.readline() != b"\n":
+            self.close()
+            raise OSError(f"ssh -L does not come up ({self._process.returncode})")
 
     def close(self) -> None:
         """End it, by the end of its session's stdin."""
