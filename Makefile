@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/hpc-workspace demo
 
 test: check
-	$(BIN)/python -m pytest -m "not long and not accounting"
+	$(BIN)/python -m pytest --durations=40 --durations-min=5 -m "not long and not accounting"
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not accounting"

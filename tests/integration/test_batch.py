@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +60,29 @@ def evaluate(cluster: Cluster, tasks: list[dict[str, Any]], options: str = "") -
     return told
 
 
+class Client:
+    """A process on the login node that runs a batch."""
+
+    def __init__(self, cluster: Cluster, code: str) -> None:
+        self._process = cluster.open("login", [f"{VENV}/python", "-c", code])
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "BEGUN\n"
+
+    def kill(self) -> None:
+        """At one blow, and not to be caught."""
+        above = self._process.pid
+        for pid in Path(f"/proc/{above}/task/{above}/children").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        self._process.communicate()
+
+    def finish(self) -> dict[str, Any]:
+        """What it tells at its end."""
+        said, errors = self._process.communicate()
+        assert self._process.returncode == 0, errors
+        told: dict[str, Any] = json.loads(said.splitlines()[-1].removeprefix("TOLD "))
+        return told
+
+
 def clear_up(cluster: Cluster) -> None:
     """What a killed node program could not remove goes with the next workspace of this user on its node."""
     for node in COMPUTE:
@@ -101,3 +127,69 @@ def test_a_sandbox_that_can_not_start_is_seen_by_one_pilot_and_one_task(cluster:
     begun = cluster.run("login", ["sh", "-c", "ls ~/run/claims ~/run/pilots | grep -c ."]).stdout.strip()
     assert int(begun) <= 6  # two headings, a blank line, one pilot and one task
     assert cluster.leftovers() == {}
+
+
+CHAOS = """
+import json, logging, sys
+from pathlib import Path
+from hpc_workspace import SlurmOptions
+from hpc_workspace.batch import evaluate
+logging.basicConfig(level=logging.INFO)
+
+def agent(workspace, task):
+    return workspace.execute_command(f"sleep 1; echo {task['id']}").stdout.strip()
+
+print("BEGUN", flush=True)
+report = evaluate(agent, [{"id": f"t{n}"} for n in range(TASKS)], run_dir=Path.home() / "run", task_timeout=120,
+                  image="/shared/images/tiny.sif", pilots=3, workspaces_per_pilot=3, max_infra_loss=0,
+                  slurm=SlurmOptions(partition="low", time="30", mem="3G", cpus_per_task=3))
+print("TOLD " + json.dumps({"counts": report.counts, "missing": report.missing, "attempts": report.attempts,
+                            "said": {line["task"]: line["result"] for line in report.results}}), flush=True)
+"""
+# Until so many attempts have ended, by what the pilots have written.
+ENDED = 'while [ "$(cat ~/run/pilots/*/records.jsonl 2>/dev/null | wc -l)" -lt "$1" ]; do sleep 0.2; done'
+# A node on which a pilot works, other than $1.
+A_NODE = 'squeue -h --me -t R -o %N | grep -v -x "$1" | head -n 1'
+
+
+def chaos(cluster: Cluster, tasks: int) -> None:
+    """Pilots are preempted, a node dies and comes back, Slurm's controller and the client are started anew."""
+
+    def wait_ended(share: float) -> None:
+        cluster.run("login", ["sh", "-c", ENDED, "sh", str(int(tasks * share))])
+
+    def begin() -> Client:
+        return Client(cluster, CHAOS.replace("TASKS", str(tasks)))
+
+    cluster.run("login", ["rm", "-rf", "run"])
+    client = begin()
+    wait_ended(0.15)
+    preempted = cluster.run("login", ["sh", "-c", A_NODE, "sh", "none"]).stdout.strip()
+    taken = cluster.run("login", ["srun", "-p", "high", "-w", preempted, "--exclusive", "sleep", "1"])
+    assert taken.returncode == 0, taken.stderr
+    wait_ended(0.3)
+    client.kill()
+    dead = cluster.run("login", ["sh", "-c", A_NODE, "sh", preempted]).stdout.strip()
+    cluster.call("power-cut", dead)
+    client = begin()
+    wait_ended(0.5)
+    cluster.call("daemon", "stop", "login", "slurmctld")
+    wait_ended(0.6)
+    cluster.call("daemon", "start", "login", "slurmctld")
+    cluster.power_on(dead)
+    told = client.finish()
+    assert told["missing"] == []
+    assert told["counts"] == {"done": tasks}
+    assert told["said"] == {f"t{n}": f"t{n}" for n in range(tasks)}
+    assert told["attempts"]["done"] == tasks
+    assert sum(count for name, count in told["attempts"].items() if name in ("preempted", "node_fail", "lost")) > 0
+    clear_up(cluster)
+
+
+def test_a_run_under_fire_has_every_task_once(cluster: Cluster) -> None:
+    chaos(cluster, 40)
+
+
+@pytest.mark.long
+def test_a_long_run_under_fire_has_every_task_once(cluster: Cluster) -> None:
+    chaos(cluster, 200)

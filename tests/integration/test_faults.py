@@ -112,6 +112,7 @@ def test_a_job_that_is_cancelled_under_a_running_command(cluster: Cluster, clien
     assert cluster.leftovers() == {}
 
 
+@pytest.mark.long
 def test_a_job_that_runs_into_its_time_limit(cluster: Cluster, clients: Any) -> None:
     client = clients(slurm={"time": "1"})
     # With a limit of a minute, Slurm's warning of two minutes before comes at once.
@@ -179,6 +180,7 @@ def test_a_controller_that_is_silent_for_a_minute_is_no_end_of_anything(cluster:
     assert cluster.leftovers() == {}
 
 
+@pytest.mark.long
 def test_closing_while_the_controller_is_silent_ends_it_through_the_door(cluster: Cluster, clients: Any) -> None:
     client = clients()
     cluster.call("daemon", "stop", "login", "slurmctld")

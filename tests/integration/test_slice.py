@@ -160,6 +160,7 @@ def test_demo_runs_in_a_container_as_an_ordinary_user(cluster: Cluster) -> None:
     assert "process" not in ended.stdout.splitlines()[0]
 
 
+@pytest.mark.long
 def test_demo_runs_with_the_agent_servers_own_image(cluster: Cluster) -> None:
     ended = cluster.run("n03", [f"{VENV}/hpc-workspace", "demo", "--sif", SERVER])
     assert ended.returncode == 0, ended.stdout + ended.stderr
