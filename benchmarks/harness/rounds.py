@@ -15,7 +15,7 @@ from benchmarks.harness.worker_process import WorkerError
 from hpc_workspace.errors import WorkspaceError
 
 _PROFILED_TIMES = 50
-_PROFILED_S = 15.0
+_PROFILED_S = 5.0
 _PROFILE_LINES = 30
 
 
