@@ -19,6 +19,8 @@ from tests.integration.cluster import VENV, Cluster, why_no_cluster
 
 REPO = Path(__file__).parents[2]
 _NODES = ("n01", "login")
+_DOCS = REPO / "docs/benchmarks.md"
+_BEGIN, _END = "<!-- the table of make bench -->", "<!-- its end -->"
 
 
 def copy_code(shared: Path, *, with_package: bool) -> Path:
@@ -57,6 +59,15 @@ def write(report: Report, directory: Path) -> None:
             (profiles / f"{row.name}.txt").write_text(row.profile)
 
 
+def put_into_docs(table: str) -> None:
+    """Replace the table that `docs/benchmarks.md` has between its two marks."""
+    before, begin, rest = _DOCS.read_text().partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"{_DOCS} lacks {_BEGIN} or {_END}")
+    _DOCS.write_text(f"{before}{begin}\n\n{table}\n{end}{after}")
+
+
 def main() -> int:
     """The command line of `make bench`. Lost goals are in the table; they are no failure of the run."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.partition("\n")[0])
@@ -65,6 +76,7 @@ def main() -> int:
     parser.add_argument("--user", default="tester", help="who runs it in the nodes")
     parser.add_argument("--from-tree", action="store_true", help="a copy of the work tree instead of the built wheel")
     parser.add_argument("--into", type=Path, default=REPO / "build", help="where the results are written")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/benchmarks.md too")
     given = parser.parse_args()
     patterns = [pattern for text in given.rows for pattern in text.replace(",", " ").split()]
     if reason := why_no_cluster():
@@ -92,6 +104,8 @@ def main() -> int:
             cluster.leave()
     report = merge(reports)
     write(report, given.into)
+    if given.docs:
+        put_into_docs((given.into / "bench.md").read_text())
     sys.stdout.write((given.into / "bench.md").read_text())
     return 0
 
