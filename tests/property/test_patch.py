@@ -125,7 +125,7 @@ def take_away(root: Path, names: Sequence[str]) -> None:
             shutil.rmtree(path)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     before=TREES, after=TREES, gone=st.lists(PATHS, max_size=4), attributes=ATTRIBUTES,
     has_commit=st.booleans(), is_staged=st.booleans(),

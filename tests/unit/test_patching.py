@@ -56,6 +56,20 @@ def test_a_mode_and_a_rename_are_told_as_such(root: Path) -> None:
     assert applied(root, patch, has_commit=True) == tree_of(root)
 
 
+def test_a_link_that_makes_room_for_a_directory_and_moves(root: Path) -> None:
+    (root / "b").symlink_to("a")
+    (root / "a").mkdir()
+    (root / "a/a").write_text("")
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "a link")
+    (root / "a/a").unlink()
+    (root / "a").rmdir()
+    (root / "b").rename(root / "a")
+    (root / "b").mkdir()
+    (root / "b/a").write_text("")
+    assert applied(root, make_patch(root), has_commit=True) == tree_of(root)
+
+
 def test_an_edit_in_the_same_moment_and_of_the_same_size_is_seen(root: Path) -> None:
     for turn in range(20):
         (root / "gone").write_text("one\n")
