@@ -80,5 +80,10 @@ def _parameters(slurm: SlurmOptions, count: int) -> dict[str, Any]:
         "job_name": _JOB_NAME,
         "setup": [*_SETUP, *slurm.setup],
         "array_parallelism": count,
-        "additional_parameters": {**others, "export": exported or "NIL"},
+        # A pilot that was preempted is replaced by another, at once; Slurm would have it wait for two minutes.
+        "additional_parameters": {
+            **({} if slurm.requeue else {"no-requeue": True}),
+            **others,
+            "export": exported or "NIL",
+        },
     }
