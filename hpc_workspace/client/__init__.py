@@ -1,7 +1,8 @@
 """The agent server's REST API, spoken through the door. The only package that uses httpx and httpcore.
 
 Both servers speak the paths of OpenHands' agent server (1.58). What only the bundled server has (a command's own id,
-float time-outs, streaming, raw transfers, exact bytes) is used where `server` says that it is the bundled one.
+streaming, raw transfers) is used where `server` says that it is the bundled one; on the other, shell text of ours makes
+up for what it lacks (`supervising`, `plain_files`, `listing`).
 """
 
 from __future__ import annotations
