@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.integration.cluster import PRELUDE, SERVER, TINY, TOLD, VENV, Cluster
@@ -9,27 +11,24 @@ from tests.integration.cluster import PRELUDE, SERVER, TINY, TOLD, VENV, Cluster
 pytestmark = pytest.mark.cluster
 
 _FULL = """
-import errno, os, tempfile
-with tempfile.TemporaryDirectory() as folder, ApptainerWorkspace(image=TINY, writable="tmpfs") as w:
+import errno, tempfile
+with tempfile.TemporaryDirectory() as folder, ApptainerWorkspace(**OPTIONS, extra_bind_mounts=[SMALL]) as w:
     source = Path(folder, "source")
-    source.write_bytes(b"x" * 100_000_000)
-    found = []
-    (Path(folder) / "d").mkdir()
-    source.with_name("d").joinpath("large").symlink_to(source)
+    source.write_bytes(b"x" * 30_000_000)
     tree = Path(folder, "tree")
     tree.mkdir()
     os.link(source, tree / "large")
+    found = []
     for thing in (source, tree):
         try:
-            w.file_upload(thing, "/opt/new/thing")
+            w.file_upload(thing, f"{SMALL}/new")
         except errors.ServerFileError as error:
             found.append([error.errno == errno.ENOSPC, error.status])
-    tell(found=found, left=w.execute_command("ls -A /opt/new").stdout)
+    tell(found=found, left=w.execute_command(f"ls -A {SMALL}").stdout)
 """
 
 _SHARED = """
 import tempfile
-from hpc_workspace.client import files as client_files
 mount = tempfile.mkdtemp(dir=os.path.expanduser("~"))
 with tempfile.TemporaryDirectory() as folder:
     with ApptainerWorkspace(**OPTIONS, mount_dir=mount) as w:
@@ -82,8 +81,23 @@ def _told(cluster: Cluster, node: str, code: str) -> dict[str, object]:
     return found
 
 
-def test_a_full_container_is_an_error_and_nothing_of_the_upload_stays(cluster: Cluster) -> None:
-    told = _told(cluster, "n01", _FULL)
+@pytest.fixture
+def small(cluster: Cluster) -> Iterator[str]:
+    """A disk of 20 MB on n01, everybody's."""
+    path = "/mnt/small"
+    made = cluster.run(
+        "n01", ["sh", "-c", f"mkdir -p {path} && mount -t tmpfs -o size=20m,mode=1777 t {path}"], user="root"
+    )
+    assert made.returncode == 0, made.stderr
+    yield path
+    cluster.run("n01", ["sh", "-c", f"umount -l {path} && rmdir {path}"], user="root")
+
+
+@pytest.mark.parametrize("options", [{"image": TINY}, {"sif_file": SERVER}], ids=["bundled", "openhands"])
+def test_a_full_container_is_an_error_and_nothing_of_the_upload_stays(
+    cluster: Cluster, small: str, options: dict[str, str]
+) -> None:
+    told = _told(cluster, "n01", f"OPTIONS, SMALL = {options!r}, {small!r}\n" + _FULL)
     assert told == {"found": [[True, 507], [True, 507]], "left": ""}
 
 
