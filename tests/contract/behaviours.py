@@ -573,7 +573,9 @@ def it_tells_a_long_output_piece_by_piece(w: Workspace) -> None:
 
 
 def it_stops_a_started_command_and_all_that_it_started(w: Workspace) -> None:
-    started = w.start_command(f"echo on; {_SCATTERED.format(984)}")
+    started = w.start_command(f"trap '' TERM; echo on; {_SCATTERED.format(984)}")
+    while not w.get_command_output(started, wait=0.05).stdout:
+        continue
     w.stop_command(started)
     ended = w.get_command_output(started)
     assert (ended.is_running, ended.timeout_occurred) == (False, False)
