@@ -1,6 +1,8 @@
-"""Measure the rows of this node, and print the report as JSON. `python -m benchmarks.harness NODE [PATTERN...]`.
+"""Measure the rows of this node. `python -m benchmarks.harness NODE [PATTERN...]`.
 
-Progress goes to stderr. `on_cluster` runs it in the nodes of the test cluster.
+Prints a JSON object a line: each row as soon as it is measured, so that a node that dies takes no more with it than the
+row that it was at; the machine before and after all. Progress goes to stderr. `on_cluster` runs it in the nodes of the
+test cluster.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ import platform
 import re
 import sys
 import time
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 from benchmarks.harness.places import Places
-from benchmarks.harness.report import SCHEMA_VERSION, Machine, Report, is_lost, row_report
-from benchmarks.harness.rounds import Measured, measure_row, profile_row
+from benchmarks.harness.report import Machine, RowReport, is_lost, row_report
+from benchmarks.harness.rounds import measure_row, profile_row
 from benchmarks.harness.rows import choose
 from hpc_workspace import processes
 from hpc_workspace.errors import PrerequisiteError
@@ -26,31 +28,22 @@ from hpc_workspace.version import __version__
 _PROGRAMS = {"Apptainer": ["apptainer", "--version"], "Slurm": ["sbatch", "--version"], "OpenSSH": ["ssh", "-V"]}
 
 
-def measure(node: str, patterns: list[str], rounds: int | None) -> Report:
+def measure(node: str, patterns: list[str], rounds: int | None) -> Iterator[RowReport | Machine]:
     """All rows of this node that were asked for, in order; those that are lost are profiled at once."""
-    began_s = time.monotonic()
-    began_at = datetime.now(UTC).isoformat(timespec="seconds")
-    rows = []
     with Places() as places:
+        yield _machine(places)
         for row in choose(patterns, "login" if node == "login" else "n01"):
             row_began_s = time.monotonic()
             measured = measure_row(row, places, rounds)
             if is_lost(measured):
                 measured.profile = profile_row(row, places)
-            rows.append(row_report(measured))
-            _tell(measured, time.monotonic() - row_began_s)
-        machine = _machine(places)
-    return Report(
-        schema_version=SCHEMA_VERSION,
-        began_at=began_at,
-        took_s=round(time.monotonic() - began_s, 1),
-        machine=machine,
-        rows=rows,
-    )
+            report = row_report(measured)
+            _tell(report, time.monotonic() - row_began_s)
+            yield report
+        yield _machine(places)
 
 
-def _tell(measured: Measured, took_s: float) -> None:
-    report = row_report(measured)
+def _tell(report: RowReport, took_s: float) -> None:
     figures = [
         f"{contestant.name} {contestant.figures.median:.3g}" for contestant in report.contestants if contestant.figures
     ]
@@ -89,7 +82,8 @@ def main() -> None:
     parser.add_argument("patterns", nargs="*", help="shell patterns of the names of rows; none: all")
     parser.add_argument("--rounds", type=int, help="instead of each row's own number of rounds")
     given = parser.parse_args()
-    print(measure(given.node, given.patterns, given.rounds).model_dump_json())
+    for told in measure(given.node, given.patterns, given.rounds):
+        print(told.model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

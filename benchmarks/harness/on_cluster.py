@@ -12,13 +12,25 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.harness.report import Report, merge, to_markdown
+from benchmarks.harness.report import (
+    SCHEMA_VERSION,
+    Machine,
+    Report,
+    RowReport,
+    merge_machines,
+    read_node_report,
+    to_markdown,
+)
+from benchmarks.harness.rows import choose
+from benchmarks.harness.values import Node
 from tests.integration.cluster import VENV, Cluster, why_no_cluster
 
 REPO = Path(__file__).parents[2]
-_NODES = ("n01", "login")
+_NODES: tuple[Node, ...] = ("n01", "login")
 _DOCS = REPO / "docs/benchmarks.md"
 _BEGIN, _END = "<!-- the table of make bench -->", "<!-- its end -->"
 
@@ -35,16 +47,16 @@ def copy_code(shared: Path, *, with_package: bool) -> Path:
     return folder
 
 
-def measure_on(cluster: Cluster, node: str, code: Path, user: str, arguments: list[str]) -> Report:
-    """The report of one node.
-
-    Raises:
-        CalledProcessError: the harness failed there; it has said why.
-    """
+def measure_on(
+    cluster: Cluster, node: Node, code: Path, user: str, patterns: list[str], rounds: int | None
+) -> tuple[list[RowReport], Machine | None]:
+    """The rows of one node, and what it is; None if it did not live to tell."""
+    arguments = [*([f"--rounds={rounds}"] if rounds else []), *patterns]
     python_path = f"/shared/scratch/{code.name}"
     command = ["env", f"PYTHONPATH={python_path}", f"{VENV}/python", "-m", "benchmarks.harness", node, *arguments]
-    ended = subprocess.run(cluster.argv(node, command, user), stdout=subprocess.PIPE, text=True, check=True)
-    return Report.model_validate_json(ended.stdout)
+    ended = subprocess.run(cluster.argv(node, command, user), stdout=subprocess.PIPE, text=True, check=False)
+    lines = ended.stdout.split("\n")[:-1]
+    return read_node_report(lines, choose(patterns, node), f"the run on {node} ended with {ended.returncode} before")
 
 
 def write(report: Report, directory: Path) -> None:
@@ -82,9 +94,7 @@ def main() -> int:
     if reason := why_no_cluster():
         sys.stderr.write(f"make bench needs the test cluster: {reason}\n")
         return 1
-    from benchmarks.harness.rows import choose
-
-    nodes = [node for node in _NODES if choose(patterns, "login" if node == "login" else "n01")]
+    nodes = [node for node in _NODES if choose(patterns, node)]
     if not nodes:
         sys.stderr.write(f"no row matches {' '.join(patterns)}; there are: {' '.join(r.name for r in choose())}\n")
         return 1
@@ -95,14 +105,24 @@ def main() -> int:
     code = copy_code(shared, with_package=given.from_tree)
     # As an installed wheel is; an ordinary user can't write what is compiled next to these sources.
     cluster.run("n01", [f"{VENV}/python", "-m", "compileall", "-q", f"/shared/scratch/{code.name}"], user="root")
-    rounds = [f"--rounds={given.rounds}"] if given.rounds else []
+    began_s, began_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        reports = [measure_on(cluster, node, code, given.user, [*rounds, *patterns]) for node in nodes]
+        told = [measure_on(cluster, node, code, given.user, patterns, given.rounds) for node in nodes]
     finally:
         shutil.rmtree(code)
         if not given.from_tree:
             cluster.leave()
-    report = merge(reports)
+    machines = [machine for _, machine in told if machine is not None]
+    if not machines:
+        sys.stderr.write("no node has told anything; what it said is above\n")
+        return 1
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        began_at=began_at,
+        took_s=round(time.monotonic() - began_s, 1),
+        machine=merge_machines(machines),
+        rows=[row for rows, _ in told for row in rows],
+    )
     write(report, given.into)
     if given.docs:
         put_into_docs((given.into / "bench.md").read_text())

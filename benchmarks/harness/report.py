@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.harness.rounds import Measured
-from benchmarks.harness.values import Goal, Role, Unit
+from benchmarks.harness.values import Goal, Role, Row, Unit
 
 SCHEMA_VERSION: Literal[1] = 1
 SCHEMA_FILE = Path(__file__).with_name("schema.json")
@@ -149,17 +149,32 @@ def row_report(measured: Measured) -> RowReport:
     )
 
 
-def merge(reports: Sequence[Report]) -> Report:
-    """The reports of several nodes of one machine as one; the first one's beginning, all times added up."""
-    first = reports[0]
-    versions = {name: value for report in reports for name, value in report.machine.versions.items()}
-    return Report(
-        schema_version=1,
-        began_at=first.began_at,
-        took_s=sum(report.took_s for report in reports),
-        machine=first.machine.model_copy(update={"versions": versions}),
-        rows=[row for report in reports for row in report.rows],
-    )
+def unmeasured(row: Row, reason: str) -> RowReport:
+    """A row of which nothing was measured."""
+    return row_report(Measured(row, absent={contestant.name: reason for contestant in row.contestants}))
+
+
+def read_node_report(lines: Iterable[str], wanted: Sequence[Row], ended: str) -> tuple[list[RowReport], Machine | None]:
+    """What a node's run has told, a JSON object a line; the rows that it did not come to are told as that.
+
+    Args:
+        ended: how the run ended, for those.
+    """
+    told: dict[str, RowReport] = {}
+    machine = None
+    for line in lines:
+        if line.startswith('{"name"'):
+            row = RowReport.model_validate_json(line)
+            told[row.name] = row
+        else:
+            machine = Machine.model_validate_json(line)
+    return [told.get(row.name) or unmeasured(row, ended) for row in wanted], machine
+
+
+def merge_machines(machines: Sequence[Machine]) -> Machine:
+    """Nodes of one machine: what they have between them."""
+    versions = {name: value for machine in machines for name, value in machine.versions.items()}
+    return machines[0].model_copy(update={"versions": versions})
 
 
 def to_markdown(report: Report, *, profiles: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import subprocess
@@ -16,7 +17,16 @@ import jsonschema
 import pytest
 
 from benchmarks.harness import floors, report, worker
-from benchmarks.harness.report import Machine, Report, judge, merge, row_report, summarize, to_markdown
+from benchmarks.harness.report import (
+    Machine,
+    Report,
+    judge,
+    merge_machines,
+    read_node_report,
+    row_report,
+    summarize,
+    to_markdown,
+)
 from benchmarks.harness.rounds import measure_row, profile_row
 from benchmarks.harness.rows import ROWS, choose
 from benchmarks.harness.values import Contestant, Goal, NotMeasuredError, Row
@@ -175,12 +185,25 @@ def test_the_table_says_what_was_lost_and_what_was_not_measured() -> None:
     assert "Lost: `some-row`; the profile is in `profiles/some-row.txt`." in table
 
 
-def test_reports_of_two_nodes_become_one() -> None:
-    one = measured_report(row(contestant("a", "ours", 1.0)))
-    other = one.model_copy(update={"machine": MACHINE.model_copy(update={"versions": {"Slurm": "24.11"}})})
-    whole = merge([one, other])
-    assert (len(whole.rows), whole.took_s) == (2, 2)
-    assert whole.machine.versions == {"Python": "3.13", "Slurm": "24.11"}
+def test_what_two_nodes_have_installed_is_told_together() -> None:
+    other = MACHINE.model_copy(update={"versions": {"Slurm": "24.11"}})
+    assert merge_machines([MACHINE, other]).versions == {"Python": "3.13", "Slurm": "24.11"}
+
+
+def test_rows_that_a_dead_node_did_not_come_to_are_told() -> None:
+    first = row(contestant("a", "ours", 1.0), goals=(Goal("figure", 4),))
+    second = dataclasses.replace(first, name="other-row")
+    lines = [MACHINE.model_dump_json(), row_report(measure_row(first, PLACES)).model_dump_json()]
+    rows, machine = read_node_report(lines, [first, second], "the node died")
+    assert machine == MACHINE
+    assert [each.goals[0].verdict for each in rows] == ["reached", "not measured"]
+    assert rows[1].contestants[0].not_measured == "the node died"
+
+
+def test_rows_of_a_node_that_told_nothing_are_told() -> None:
+    (only,), machine = read_node_report([], [row(contestant("a", "ours", 1.0))], "it died")
+    assert machine is None
+    assert only.contestants[0].not_measured == "it died"
 
 
 def test_a_profile_names_the_functions_that_took_the_time() -> None:
