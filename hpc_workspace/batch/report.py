@@ -95,17 +95,23 @@ def make_report(state: RunState, max_infra_loss: float = 0.05) -> Report:
 
 
 def derive(run: RunDir) -> Report:
-    """Write results.jsonl, report.json and preds.jsonl anew from what is there, and return the report.
+    """Write results.jsonl, report.json, preds.jsonl, report.md and report.html anew from what is there.
+
+    Returns:
+        The report.
 
     Raises:
         OSError: the directory can't be read or written.
     """
+    from hpc_workspace.batch.pages import write_pages  # it is drawn from what is defined here
+
     about = run.read_run()
     state = RunReader(run).read()
     report = make_report(state, float(about.get("max_infra_loss", 0.05)))
     run.write_derived("results.jsonl", (json.dumps(line) for line in report.results))
     run.write_derived("report.json", [json.dumps(report.as_json(), indent=1)])
     run.write_derived("preds.jsonl", _predictions(run, state, str(about.get("started_by", ""))))
+    write_pages(run, report, state, about)
     return report
 
 
