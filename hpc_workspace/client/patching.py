@@ -82,8 +82,8 @@ tree=$(git write-tree --missing-ok) || fail $FAILED
 # A link that is moved as it is has no mode in a patch, and `git apply` does not see that it makes room.
 renames=-M
 if git diff-tree -r "$base" "$tree" | grep -q '^:120000'; then renames=--no-renames; fi
-git diff-tree -r -p --binary --full-index $renames --no-color --no-ext-diff --no-textconv --src-prefix=a/ --dst-prefix=b/ \
-  "$base" "$tree" >"$t/patch" || fail $FAILED
+git diff-tree -r -p --binary --full-index $renames --no-color --no-ext-diff --no-textconv \
+  --src-prefix=a/ --dst-prefix=b/ "$base" "$tree" >"$t/patch" || fail $FAILED
 printf '%s\n' "$t"
 """
 
