@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +66,26 @@ def submit_pilots(pilot: Callable[[int], int], count: int, folder: Path, slurm: 
         executor = submitit.SlurmExecutor(folder, python=slurm.python or sys.executable)
         executor.update_parameters(**_parameters(slurm, count))
     try:
-        return [Submitted(job) for job in executor.map_array(pilot, list(range(count)))]
+        with _deaf_to_the_terminal() if slurm is None else contextlib.nullcontext():
+            return [Submitted(job) for job in executor.map_array(pilot, list(range(count)))]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise SubmitError("Slurm did not take the pilots.", evidence=str(error)[-2000:]) from error
+
+
+@contextlib.contextmanager
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """What is begun here ignores SIGINT, until it says otherwise, as a pilot does.
+
+    A terminal's Ctrl-C goes to all of its processes, and submitit's own would kill the pilots after a second.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's; whoever submits from another one is at no prompt
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 def _parameters(slurm: SlurmOptions, count: int) -> dict[str, Any]:

@@ -183,7 +183,8 @@ class Coordinator:
         try:
             beat_s = (self._run.pilot_dir(pilot.name) / "alive").stat().st_mtime
         except OSError:
-            beat_s = float(pilot.about.get("started_at", 0.0))
+            # It has made its directory, and has not got further yet.
+            beat_s = self._run.pilot_dir(pilot.name).stat().st_mtime
         if now_s - beat_s < _STALE_S:
             return None
         return {"state": "", "failure_class": "lost", "silent_s": round(now_s - beat_s)}

@@ -48,6 +48,7 @@ def evaluate(
     collect: Iterable[str] = (),
     say: Callable[[str], None] = log.info,
     on_state: Callable[[RunState], None] = lambda state: None,
+    invocation: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
     """Run `agent(workspace, task)` over all tasks, each attempt in a new workspace, and report.
@@ -76,6 +77,7 @@ def evaluate(
         collect: files of the workspace that are kept with each attempt.
         say: told what happens, in words.
         on_state: given every state of the run that is seen on the way.
+        invocation: what the caller wants to find in run.json, such as how to make this call again.
         options: further options of `ApptainerWorkspace`.
 
     Raises:
@@ -115,6 +117,7 @@ def evaluate(
             "memory_bytes": memory_bytes,
             "max_infra_loss": max_infra_loss,
             "slurm": None if slurm is None else slurm.model_dump(exclude_none=True),
+            "invocation": None if invocation is None else dict(invocation),
         }
     )
     reader = RunReader(run)

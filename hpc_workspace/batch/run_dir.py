@@ -10,6 +10,7 @@
     submissions/<token>.json        the jobs of one submission; by who submitted it
     grants/<token>.json             further attempts, asked for by hand
     jobs/                           submitit's own files
+    cancelled                       changes whenever the run is cancelled
     results.jsonl, report.json …    derived
 
 A claim is made by symlink(2): one operation, exclusive on NFS and Lustre too, and it says whose it is; when a server's
@@ -112,6 +113,13 @@ class RunDir:
             return os.readlink(self.path / "claims" / f"{task_id}{_BETWEEN}{number}")
         except OSError:
             return ""
+
+    def claimed_at_s(self, task_id: str, number: int) -> float | None:
+        """When it was claimed, by the file server's clock; None if it is nobody's."""
+        try:
+            return (self.path / "claims" / f"{task_id}{_BETWEEN}{number}").lstat().st_mtime
+        except OSError:
+            return None
 
     # Attempts.
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_workspace.cli.batch import batch
 from hpc_workspace.cli.cp import cp
 from hpc_workspace.cli.doctor import doctor
 from hpc_workspace.cli.images import images
-from hpc_workspace.cli.output import as_line, print_stream
+from hpc_workspace.cli.output import as_line, print_stream, short_time
 from hpc_workspace.cli.shell import exec_, shell
 from hpc_workspace.cli.waiting import Waiting
+from hpc_workspace.cli.workspace_options import pop_slurm, workspace_options
 from hpc_workspace.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from hpc_workspace.workspace import ApptainerWorkspace
 
 
@@ -32,56 +32,16 @@ def cli(debug: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
-def _workspace_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say what to run and where."""
-    for option in reversed(
-        [
-            click.option("--sif", "sif_file", metavar="FILE", help="A SIF file that holds an agent server."),
-            click.option("--image", metavar="REF", help="Any image or SIF; the bundled server is brought along."),
-            click.option("--server-image", metavar="REF", help="An agent server's image, such as ghcr.io/…"),
-            click.option("--runtime", help="auto (default), apptainer, singularity; process: no container."),
-            click.option("--mount-dir", metavar="DIR", help="A directory to see at /workspace."),
-            click.option("--fakeroot/--no-fakeroot", "use_fakeroot", default=True, help="Be root inside."),
-            click.option("--slurm", is_flag=True, help="Run in a Slurm job."),
-            click.option("-p", "--partition", help="Slurm: partition."),
-            click.option("-t", "--time", help="Slurm: time limit, as sbatch takes it."),
-            click.option("-A", "--account", help="Slurm: account."),
-            click.option("-c", "--cpus-per-task", type=int, help="Slurm: CPUs."),
-            click.option("--mem", help="Slurm: memory, such as 4G."),
-            click.option("--gres", help="Slurm: generic resources, such as gpu:1."),
-            click.option("--python", help="Slurm: the interpreter on the node."),
-            click.option(
-                "--requeue", is_flag=True, default=None, help="Slurm: start it anew after a node failure or preemption."
-            ),
-            click.option("--setup", multiple=True, help="Slurm: a line of shell before the start; repeatable."),
-            click.option("--dry-run", is_flag=True, help="Print what would be run, sbatch and script; run nothing."),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-_SLURM_NAMES = ("partition", "time", "account", "cpus_per_task", "mem", "gres", "python", "requeue")
-
-
 def _make_workspace(values: dict[str, Any]) -> ApptainerWorkspace:
     """The workspace that the options ask for.
 
     Raises:
         ConfigError: they contradict each other; also Slurm's options without --slurm.
     """
-    from hpc_workspace.errors import ConfigError
-    from hpc_workspace.options import SlurmOptions
     from hpc_workspace.workspace import ApptainerWorkspace
 
-    slurm_values = {name: values.pop(name) for name in _SLURM_NAMES}
-    setup = list(values.pop("setup"))
-    given = {name: value for name, value in slurm_values.items() if value is not None}
-    if not values.pop("slurm"):
-        if given or setup:
-            raise ConfigError("Options for Slurm were given without --slurm.", remedy="Add --slurm.")
-    else:
-        values["slurm"] = SlurmOptions(**given, **({"setup": setup} if setup else {}))
+    if (slurm := pop_slurm(values)) is not None:
+        values["slurm"] = slurm
     is_dry = values.pop("dry_run")
     workspace = ApptainerWorkspace(**{name: value for name, value in values.items() if value is not None})
     workspace.on_progress = lambda text: click.echo(text, err=True)
@@ -103,7 +63,7 @@ def _start_workspace(values: dict[str, Any]) -> ApptainerWorkspace:
 
 
 @cli.command()
-@_workspace_options
+@workspace_options
 @click.option("--timeout", type=float, help="Seconds for the command; none by default.")
 @click.argument("command", nargs=-1, required=True)
 def run(command: tuple[str, ...], timeout: float | None, **options: Any) -> None:
@@ -121,7 +81,7 @@ def run(command: tuple[str, ...], timeout: float | None, **options: Any) -> None
 
 
 @cli.command()
-@_workspace_options
+@workspace_options
 @click.option("--idle-timeout", help="End after so long without a client, such as 15min.")
 def up(**options: Any) -> None:
     """Start a workspace, leave it running, and print its id.
@@ -151,25 +111,13 @@ def ps(as_json: bool) -> None:
     rows: list[tuple[str, ...]] = [("ID", "STATE", "NODE", "JOB", "RUNTIME", "AGE", "LEFT", "IDLE")]
     for one in found:
         named = (one.workspace_id, one.state, one.node or "-", one.job_id or "-", one.runtime or "-")
-        rows.append((*named, *(_short(seconds) for seconds in (one.age_s, one.time_left_s, one.idle_s))))
+        rows.append((*named, *(short_time(seconds) for seconds in (one.age_s, one.time_left_s, one.idle_s))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if found else ():
         click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     for one in found:
         if one.notice:
             click.echo(f"{one.workspace_id}: {one.notice}", err=True)
-
-
-def _short(seconds: float | None) -> str:
-    """A time for a narrow column: 42s, 17m, 3h05m, 2d04h; `-` where it is not known."""
-    if seconds is None:
-        return "-"
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if seconds < 60:
-        return f"{max(0.0, seconds):.0f}s"
-    if minutes < 60:
-        return f"{minutes}m"
-    return f"{hours}h{minutes % 60:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
 
 
 @cli.command()
@@ -224,6 +172,7 @@ def reap(as_json: bool) -> None:
 
 
 cli.add_command(images)
+cli.add_command(batch)
 cli.add_command(doctor)
 
 
@@ -249,7 +198,7 @@ def config(as_json: bool) -> None:
 
 
 @cli.command()
-@_workspace_options
+@workspace_options
 def demo(**options: Any) -> None:
     """Mend a small repository in a real workspace, and show where the time went.
 

@@ -55,3 +55,15 @@ def write_all(descriptor: int, data: bytes) -> None:
             poll = select.poll()
             poll.register(descriptor, select.POLLOUT)
             poll.poll()
+
+
+def short_time(seconds: float | None) -> str:
+    """A time for a narrow column: 42s, 17m, 3h05m, 2d04h; `-` where it is not known."""
+    if seconds is None:
+        return "-"
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if seconds < 60:
+        return f"{max(0.0, seconds):.0f}s"
+    if minutes < 60:
+        return f"{minutes}m"
+    return f"{hours}h{minutes % 60:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"

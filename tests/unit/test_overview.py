@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from hpc_workspace import logs, overview
-from hpc_workspace.cli.commands import _short, cli
+from hpc_workspace.cli.commands import cli
+from hpc_workspace.cli.output import short_time
 from hpc_workspace.rendezvous import WorkspaceDirectory
 from tests.unit.test_rendezvous import make_record, make_spec
 
@@ -66,8 +67,8 @@ def test_idle_time_travels_with_the_heartbeat() -> None:
     ("seconds", "text"),
     [(None, "-"), (0, "0s"), (59.4, "59s"), (60, "1m"), (3599, "59m"), (3900, "1h05m"), (187_200, "2d04h")],
 )
-def test_times_are_short(seconds: float | None, text: str) -> None:
-    assert _short(seconds) == text
+def test_times_areshort_time(seconds: float | None, text: str) -> None:
+    assert short_time(seconds) == text
 
 
 def test_a_log_that_grows_is_read_to_its_end_without_what_steers_a_terminal(tmp_path: Path) -> None:
