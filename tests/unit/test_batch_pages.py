@@ -296,13 +296,23 @@ class TestTimeline:
         assert line.lanes[0].end_s == 1500.0
         assert timeline.sessions(line) == [(1000.0, 1500.0), (90_000.0, 90_010.0)]
 
-    def test_slots_are_counted_at_each_moment(self, tmp_path: Path) -> None:
+    def test_slots_are_counted_over_time(self, tmp_path: Path) -> None:
         made = self.make(tmp_path)
         made.begin_pilot("p", 1000.0)
         self.add(made, ("astropy__astropy-0", 0, 1000.0, 60.0), ("astropy__astropy-1", 1, 1010.0, 20.0))
         made.run.write_about("p", "ended", {"why": "no tasks", "ended_at": 1100.0})
-        found = timeline.busy_over_time(self.read(made), [999.0, 1005.0, 1020.0, 1050.0, 1080.0, 1200.0])
-        assert found == [(0, 0), (1, 2), (2, 2), (1, 2), (0, 2), (0, 0)]
+        means = timeline.slots_over_time(self.read(made), 1000.0, 1200.0, 4)
+        assert [one.busy for one in means] == pytest.approx([1.4, 0.2, 0.0, 0.0])
+        assert [one.had for one in means] == pytest.approx([2.0, 2.0, 0.0, 0.0])
+        assert [one.unknown for one in means] == [0.0] * 4
+
+    def test_the_means_over_time_add_up_to_all_slot_time(self, run: RunDir) -> None:
+        line = timeline.make_timeline(RunReader(run).read())
+        means = timeline.slots_over_time(line, line.begin_s, line.end_s, 97)
+        each_s = (line.end_s - line.begin_s) / 97
+        assert sum(one.busy for one in means) * each_s == pytest.approx(line.busy_s)
+        idle_s = sum(one.had - one.busy - one.unknown for one in means) * each_s
+        assert idle_s == pytest.approx(line.idle_s)
 
     @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(1, 1e5)), min_size=1, max_size=20))
     def test_the_axis_keeps_the_order_of_time_and_stays_inside(self, lives: Sequence[tuple[float, float]]) -> None:

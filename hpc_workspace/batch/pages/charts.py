@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_workspace.batch.pages import measures, tables, words
 from hpc_workspace.batch.pages.markup import Markup, join, number, shorten, tag
-from hpc_workspace.batch.pages.plots import LEFT, RIGHT, WIDTH, Scale, TimeAxis, drawing, round_step, upright
-from hpc_workspace.batch.pages.timeline import Bar, Lane, Timeline, busy_over_time
+from hpc_workspace.batch.pages.plots import LEFT, RIGHT, WIDTH, Scale, TimeAxis, drawing, upright
+from hpc_workspace.batch.pages.timeline import Bar, Lane, Slots, Span, Timeline, slots_over_time
 
 # More bars than these are drawn as one path for each row and outcome, without a name and a link for each.
 _NAMED_BARS = 1000
@@ -72,20 +73,13 @@ def gantt(timeline: Timeline, axis: TimeAxis) -> Chart:
             "where several fall into one, the one that failed is shown."
         )
     title = f"{words.count(len(timeline.lanes), 'pilot')} and their slots over time"
-    return Chart(drawing(bottom + 24, title, _HATCH, grid, *parts), " ".join(notes))
+    return Chart(drawing(bottom + 24, title, _hatch("hatch-slots"), grid, *parts), " ".join(notes))
 
 
-_HATCH = tag(
-    "defs",
-    tag(
-        "pattern",
-        tag("path", class_="hatch", d="M0 6L6 0"),
-        id="hatch",
-        width=6,
-        height=6,
-        patternUnits="userSpaceOnUse",
-    ),
-)
+def _hatch(name: str) -> Markup:
+    """The pattern of what is not known. A name is there once in a page."""
+    lines = tag("path", class_="hatch", d="M0 6L6 0")
+    return tag("defs", tag("pattern", lines, id=name, width=6, height=6, patternUnits="userSpaceOnUse"))
 
 
 def _rows_of(lane: Lane) -> int:
@@ -123,7 +117,7 @@ def _lane(lane: Lane, axis: TimeAxis, top: float, height: float, is_named: bool)
             x = axis.x(tail[0])
             width = max(1.0, axis.x(tail[1]) - x)
             shapes.append(
-                tag("rect", class_="unknown", x=x, y=y + 1, width=width, height=height - 2, fill="url(#hatch)")
+                tag("rect", class_="unknown", x=x, y=y + 1, width=width, height=height - 2, fill="url(#hatch-slots)")
             )
         shapes += _named_bars(bars, axis, y, height) if is_named else _merged_bars(bars, axis, y, height)
     if lost:
@@ -174,22 +168,31 @@ def _merged_bars(bars: Sequence[Bar], axis: TimeAxis, y: float, height: float) -
 
 
 def busy(timeline: Timeline, axis: TimeAxis) -> Chart:
-    """How many slots there were, and how many of them worked on what has a record."""
+    """How many slots there were, how many worked on what has a record, and of how many that is not known."""
     top, bottom = 10.0, 120.0
-    moments = axis.moments(320)
-    counts = busy_over_time(timeline, moments)
-    scale = Scale(0, max(1, *(had for _, had in counts)) if counts else 1, bottom, top)
-    parts = [*axis.draw(top, bottom), *upright(scale, lambda value: f"{value:,.0f}", LEFT, WIDTH - RIGHT)]
-    for style, which in (("had", 1), ("busy", 0)):
-        for begin, end in axis.spans:
-            inside = [
-                (axis.x(at), count[which]) for at, count in zip(moments, counts, strict=True) if begin <= at <= end
-            ]
-            steps = "".join(f"H{number(x)}V{number(scale.at(value))}" for x, value in inside)
-            if inside:
-                path = f"M{number(inside[0][0])} {number(bottom)}{steps}V{number(bottom)}z"
-                parts.append(tag("path", class_=style, d=path))
+    found = [(x, axis.x(end), _means(timeline, (begin, end), x, axis.x(end))) for x, (begin, end) in axis.starts()]
+    highest = max((one.had for _, _, means in found for one in means), default=0.0)
+    scale = Scale(0, max(1.0, highest), bottom, top)
+    parts = [_hatch("hatch-busy"), *axis.draw(top, bottom), *upright(scale, _whole, LEFT, WIDTH - RIGHT)]
+    for left, right, means in found:
+        for style, fill, heights in (
+            ("had", None, [one.had for one in means]),
+            ("unknown", "url(#hatch-busy)", [one.busy + one.unknown for one in means]),
+            ("busy", None, [one.busy for one in means]),
+        ):
+            width = (right - left) / len(means)
+            steps = "".join(
+                f"V{number(scale.at(value))}H{number(left + width * (index + 1))}"
+                for index, value in enumerate(heights)
+            )
+            path = f"M{number(left)} {number(bottom)}{steps}V{number(bottom)}z"
+            parts.append(tag("path", class_=style, fill=fill, d=path))
     return Chart(drawing(bottom + 24, "Slots that worked, of those that there were, over time", *parts))
+
+
+def _means(timeline: Timeline, span: Span, left: float, right: float) -> list[Slots]:
+    """One for every two columns of the drawing, about."""
+    return slots_over_time(timeline, *span, max(2, round((right - left) / (2 * _COLUMN))))
 
 
 # Starts and peaks.
@@ -206,7 +209,7 @@ def start_times(points: Sequence[tuple[float, float]], axis: TimeAxis) -> Chart:
     # On a grid of a pixel each: what falls on the same place is drawn once.
     places = sorted({(round(axis.x(at)), round(scale.at(max(taken, low)))) for at, taken in points})
     dots = "".join(f"M{x} {y}h0" for x, y in places[:: max(1, -(-len(places) // _DOTS))])
-    parts = [*axis.draw(top, bottom), *upright(scale, words.seconds, LEFT, WIDTH - RIGHT)]
+    parts = [*axis.draw(top, bottom), *upright(scale, words.mark_s, LEFT, WIDTH - RIGHT)]
     parts.append(tag("path", class_="dots", d=dots))
     for style, part in (("median", 0.5), ("p95", 0.95)):
         trend = [(axis.x(at), scale.at(max(low, taken))) for at, taken in _trend(points, part)]
@@ -223,39 +226,48 @@ def start_times(points: Sequence[tuple[float, float]], axis: TimeAxis) -> Chart:
 
 _DOTS = 8000
 _TREND = 24
+# Of fewer, the 95th percentile is the largest.
+_GROUP = 25
 
 
 def _trend(points: Sequence[tuple[float, float]], part: float) -> Iterator[tuple[float, float]]:
     """A quantile of groups of as many points each, in order of time, at the middle one's time."""
-    count = min(_TREND, len(points) // 8)
+    count = min(_TREND, len(points) // _GROUP)
     for index in range(count):
         group = points[index * len(points) // count : (index + 1) * len(points) // count]
         yield group[len(group) // 2][0], measures.quantile(sorted(taken for _, taken in group), part)
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else ""
+
+
+# No names to the left of it.
+_NARROW = 60.0
 
 
 def histogram(values: Sequence[int], limit: int | None, name: str) -> Chart:
     """How many attempts used how much at most; with what was asked for as a line."""
     top, bottom, bins = 24.0, 190.0, 40
     highest = max([*values, limit or 0]) * 1.04 or 1.0
-    unit = 1024.0 ** max(0, min(4, (int(highest).bit_length() - 1) // 10))
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, int(value / highest * bins))] += 1
-    across = Scale(0, highest, LEFT, WIDTH - RIGHT)
+    across = Scale(0, highest, _NARROW, WIDTH - RIGHT)
     upwards = Scale(0, max(counts), bottom, top)
-    parts = list(upright(upwards, lambda value: f"{value:,.0f}" if value == int(value) else "", LEFT, WIDTH - RIGHT))
-    step = round_step(highest / unit, 8) * unit
+    parts = list(upright(upwards, _whole, _NARROW, WIDTH - RIGHT))
+    step = 2.0 ** math.ceil(math.log2(highest / 8))  # sizes are round by powers of two
     for index in range(int(highest / step) + 1):
         at = across.at(index * step)
         parts.append(tag("text", words.size(index * step), class_="mark", x=at, y=bottom + 15, text_anchor="middle"))
-    width = (WIDTH - RIGHT - LEFT) / bins
+    width = (WIDTH - RIGHT - _NARROW) / bins
     for index, count in enumerate(counts):
         if count:
             y = min(bottom - 1.5, upwards.at(count))
             low, high = index * highest / bins, (index + 1) * highest / bins
             said = f"{words.count(count, 'attempt')}: {words.size(low)} to {words.size(high)}"
             is_over = limit is not None and high > limit
-            place = {"x": LEFT + index * width + 0.5, "y": y, "width": width - 1, "height": bottom - y}
+            place = {"x": _NARROW + index * width + 0.5, "y": y, "width": width - 1, "height": bottom - y}
             parts.append(tag("rect", tag("title", said), class_="o-oom" if is_over else "o-done", **place))
     if limit is not None:
         at = across.at(limit)
@@ -275,11 +287,11 @@ def histogram(values: Sequence[int], limit: int | None, name: str) -> Chart:
 
 
 def phase_bar(spreads: Mapping[str, measures.Spread]) -> Chart:
-    """Where the time of all attempts went."""
+    """Where the time of all attempts went, as far as these phases had it."""
     whole = sum(spread.total for spread in spreads.values())
     parts = [
         (f"p-{name}", f"{name}: {words.seconds(spread.total)}, {words.share(spread.total, whole)}", spread.total)
         for name, spread in spreads.items()
     ]
     legend = ", ".join(f"{name} {words.share(spread.total, whole)}" for name, spread in spreads.items())
-    return Chart(share_bar(parts, f"Where the time went: {legend}"))
+    return Chart(share_bar(parts, f"Where the time went: {legend}"), f"{words.seconds(whole)} together: {legend}.")

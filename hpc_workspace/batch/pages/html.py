@@ -149,20 +149,17 @@ _HATCHED = tag(
 def _phases(state: RunState) -> Iterator[Markup]:
     if spreads := measures.phase_spreads(state):
         items = [tag("span", tag("span", class_=f"swatch p-{name}"), name) for name in spreads]
-        yield _drawn(charts.phase_bar(spreads), "All attempts together.")
         yield tag("div", *items, class_="legend")
+        yield _drawn(charts.phase_bar(spreads))
+        ours = {name: spread for name, spread in spreads.items() if name != "agent"}
+        if ours and len(ours) < len(spreads):
+            yield tag("p", "Without the agent: what the sandboxes cost.", class_="lead")
+            yield _drawn(charts.phase_bar(ours))
     yield _table(tables.phases(state))
 
 
 def _rest(state: RunState) -> Iterator[Markup]:
-    found = tables.failures(state)
-    yield tag("h2", "Failures")
-    if not found:
-        yield tag("p", "No attempt has failed.", class_="soft")
-    for table in found:
-        yield tag("h3", _swatch(table.title.partition(":")[0]), table.title)
-        yield _table(table)
-    for table in (tables.nodes(state), tables.slowest(state)):
+    for table in (tables.failures(state), tables.nodes(state), tables.slowest(state)):
         yield tag("h2", table.title)
         yield _table(table)
 
@@ -179,7 +176,7 @@ def _swatch(outcome: str) -> Markup:
 def _table(table: tables.Table) -> Markup:
     note = tag("p", table.note, class_="note") if table.note else Markup("")
     if not table.rows:
-        return join((tag("p", "Nothing yet.", class_="soft"), note))
+        return join((tag("p", "Nothing.", class_="soft"), note))
     numbers = [title.startswith(">") for title in table.columns]
     heads = (
         tag("th", title.removeprefix(">"), class_="n" if is_number else None)

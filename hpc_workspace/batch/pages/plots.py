@@ -55,15 +55,6 @@ class TimeAxis:
             found = x + (min(moment, end) - begin) * scale
         return found
 
-    def moments(self, count: int) -> list[float]:
-        """About so many moments, evenly over all sessions."""
-        whole = sum(end - begin for begin, end in self.spans)
-        found: list[float] = []
-        for begin, end in self.spans:
-            steps = max(2, round(count * (end - begin) / whole))
-            found += [begin + (end - begin) * step / (steps - 1) for step in range(steps)]
-        return found
-
     def draw(self, top: float, bottom: float) -> Iterable[Markup]:
         """Lines and labels, and a gap for each break."""
         origin = self.spans[0][0]

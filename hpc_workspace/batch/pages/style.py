@@ -40,6 +40,7 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; padding-top: .6rem; border-top:
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p { margin: .4rem 0; max-width: 52rem; }
 a { color: var(--link); }
+.lead { margin-top: 1rem; }
 .soft, .note { color: var(--soft); }
 .note { font-size: .87rem; }
 .verdict { margin: .8rem 0 1rem; padding: .7rem 1rem; border-left: 5px solid var(--bad); background: var(--panel); }

@@ -194,30 +194,29 @@ def _phase_row(name: str, spread: measures.Spread) -> Row:
     return _row(name, f"{spread.count:,}", *times)
 
 
-def failures(state: RunState) -> list[Table]:
-    """A table for each class of failed attempts."""
-    return [_failure_table(name, found) for name, found in measures.failures(state).items()]
+def failures(state: RunState) -> Table:
+    """Failed attempts by class, and within it by what was wrong."""
+    rows: list[Row] = []
+    for name, found in measures.failures(state).items():
+        total = sum(one.count for one in found)
+        meaning = MEANINGS.get(name, "no class that is known")
+        title = f"{name}: {words.count(total, 'attempt')}, {meaning}"
+        rows.append(Row((Cell(title, outcome=name),), is_heading=True))
+        rows += [_failure_row(one) for one in found[:_GROUPS]]
+        if rest := found[_GROUPS:]:
+            count = sum(one.count for one in rest)
+            kinds = words.count(len(rest), "further kind")
+            rows.append(_row(f"{count:,}", f"{kinds} of error in {words.count(count, 'attempt')}", "in attempts/"))
+    return Table("Failures", (">Attempts", "Error, its last line", "Logs"), rows)
 
 
-def _failure_table(name: str, found: Sequence[measures.Failure]) -> Table:
-    total = sum(one.count for one in found)
-    rows = []
-    for one in found[:_GROUPS]:
-        links = [_attempt_link(task_id, attempt) for task_id, attempt in one.examples]
-        if one.count > len(links):
-            links.append(Cell(f"and {one.count - len(links):,} more"))
-        record = one.examples[0][1].record
-        detail = record.error[-_DETAIL:] if record is not None and "\n" in record.error.strip() else ""
-        rows.append(Row((Cell(f"{one.count:,}"), Cell(one.line), links), detail=detail))
-    rest = found[_GROUPS:]
-    note = (
-        f"Left out: {words.count(len(rest), 'further kind')} of error in "
-        f"{words.count(sum(one.count for one in rest), 'attempt')}; report.json and attempts/ have them."
-        if rest
-        else ""
-    )
-    return Table(f"{name}: {words.count(total, 'attempt')}, {MEANINGS.get(name, 'no class that is known')}",
-                 (">Attempts", "Error, its last line", "Logs"), rows, note)  # fmt: skip
+def _failure_row(failure: measures.Failure) -> Row:
+    links = [_attempt_link(task_id, attempt) for task_id, attempt in failure.examples]
+    if failure.count > len(links):
+        links.append(Cell(f"and {failure.count - len(links):,} more"))
+    record = failure.examples[0][1].record
+    detail = record.error[-_DETAIL:] if record is not None and "\n" in record.error.strip() else ""
+    return Row((Cell(f"{failure.count:,}"), Cell(failure.line), links), detail=detail)
 
 
 _DETAIL = 1500
@@ -265,7 +264,7 @@ def all_tables(report: Report, state: RunState) -> Iterator[Table]:
     if (found := agent_results(report)) is not None:
         yield found
     yield phases(state)
-    yield from failures(state)
+    yield failures(state)
     yield nodes(state)
     yield slowest(state)
 

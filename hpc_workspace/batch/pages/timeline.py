@@ -7,6 +7,7 @@ after their last record is then not known, and counts neither as busy nor as idl
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -170,22 +171,33 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, (int, float)) and value > 0 else None
 
 
-def busy_over_time(timeline: Timeline, moments: list[float]) -> list[tuple[int, int]]:
-    """At each moment (in order) how many slots worked on what has a record, and how many pilots' slots there were."""
-    steps: list[tuple[float, int, int]] = []
+@dataclass(frozen=True)
+class Slots:
+    """How many slots, on the mean of a while, worked on what has a record, did nobody knows what, and were there."""
+
+    busy: float
+    unknown: float
+    had: float
+
+
+def slots_over_time(timeline: Timeline, begin_s: float, end_s: float, count: int) -> list[Slots]:
+    """The means of `count` whiles of the same length. A moment's idleness is part of its mean, however short."""
+    length_s = (end_s - begin_s) / count
+    sums = [[0.0] * count for _ in range(3)]
     for lane in timeline.lanes:
-        steps += [(lane.begin_s, 0, len(lane.slots)), (lane.end_s, 0, -len(lane.slots))]
-        for bars in lane.slots:
-            for bar in bars:
-                steps += [(bar.begin_s, 1, 0), (bar.end_s, -1, 0)]
-    steps.sort()
-    found, position, busy, had = [], 0, 0, 0
-    for moment in moments:
-        while position < len(steps) and steps[position][0] <= moment:
-            busy, had = busy + steps[position][1], had + steps[position][2]
-            position += 1
-        found.append((busy, had))
-    return found
+        spans = [(0, bar.begin_s, bar.end_s) for bars in lane.slots for bar in bars]
+        spans += [(1, *tail) for tail in lane.tails() if tail is not None]
+        spans += [(2, lane.begin_s, lane.end_s)] * len(lane.slots)
+        for kind, from_s, to_s in spans:
+            _add(sums[kind], (from_s - begin_s) / length_s, (to_s - begin_s) / length_s)
+    return [Slots(*parts) for parts in zip(*sums, strict=True)]
+
+
+def _add(sums: list[float], start: float, stop: float) -> None:
+    """Add to each of these whiles the part of it between `start` and `stop`, which are counted in whiles."""
+    start, stop = max(0.0, start), min(float(len(sums)), stop)
+    for index in range(int(start), math.ceil(stop)):
+        sums[index] += max(0.0, min(index + 1, stop) - max(index, start))
 
 
 def sessions(timeline: Timeline, most: int = 6) -> list[Span]:

@@ -20,6 +20,13 @@ def seconds(value: float | None) -> str:
     return f"{value / 3600:.1f} h"
 
 
+def mark_s(value: float) -> str:
+    """A duration at an axis' mark: `0.5 s`, `5 s`, `10 min`, `2 h`."""
+    if value < 60:
+        return f"{value:.3g} s"
+    return f"{value / 60:.3g} min" if value < 3600 else f"{value / 3600:.3g} h"
+
+
 def share(part: float, whole: float) -> str:
     """`12.5 %`; a dash of nothing. Never rounded to none or all of it."""
     if not whole:
