@@ -191,6 +191,8 @@ class _Slurm:
             return None
         if status.state != "PENDING":
             return status.state.lower()
+        if status.reason == "None":
+            return ""  # Slurm has not looked at it yet
         text = explain_pending(status.reason).text
         return f"{text} ({status.reason})" if text else status.reason
 

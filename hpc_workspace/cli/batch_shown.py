@@ -70,7 +70,8 @@ def as_line(overview: Overview) -> str:
     if overview.failures:
         parts.append(f"failed as {_counts(overview.failures)}")
     if overview.open_tasks:
-        waiting = f", {len(queued)} queued ({queued[0].why})" if queued else ""
+        why = f" ({queued[0].why})" if queued and queued[0].why else ""
+        waiting = f", {len(queued)} queued{why}" if queued else ""
         parts.append(f"{working} pilot{'' if working == 1 else 's'}{waiting}")
         if overview.left_s is not None:
             parts.append(f"about {short_time(overview.left_s)} left")

@@ -152,6 +152,9 @@ class TestShown:
             "1 pilot, 2 queued (waits for free resources (Resources)); about 8m left"
         )
 
+    def test_a_job_that_slurm_has_not_looked_at_yet_is_queued_and_no_more(self) -> None:
+        assert "; 0 pilots, 1 queued; " in as_line(overview(pilots=[PilotLine("7_0", "7_0", "queued")]))
+
     def test_the_table_fits_80_columns_whatever_the_names(self) -> None:
         pilots = [PilotLine(f"{n}" * 60, "j", "queued", why="a very long reason " * 9) for n in range(5)]
         text = shown(overview(pilots=pilots, slowest=[TaskLine("x" * 200, 1, "running", 90.0, "n01")], notice="note"))
