@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -540,6 +541,12 @@ class TestColours:
         for name in FAILURE_CLASSES:
             for lacking in (PROTANOPIA, DEUTERANOPIA):
                 assert distance(colours["done"], colours[name], lacking) > 20, name
+
+    @pytest.mark.parametrize("colours", [style._LIGHT, style._DARK])
+    def test_failure_classes_are_told_from_one_another_likewise(self, colours: dict[str, str]) -> None:
+        for one, other in itertools.combinations(FAILURE_CLASSES, 2):
+            for lacking in (PROTANOPIA, DEUTERANOPIA):
+                assert distance(colours[one], colours[other], lacking) > 10, (one, other)
 
 
 # Viénot, Brettel, Mollon 1999, as one matrix on linear RGB.

@@ -135,7 +135,8 @@ def _timeline(report: Report, line: timeline.Timeline) -> Iterator[Markup]:
     if any(lane.unrecorded for lane in line.lanes):
         items.append(tag("span", _HATCHED, "not known: under way, or lost without a record"))
     yield tag("div", *items, class_="legend")
-    yield _drawn(charts.gantt(line, axis), "A thick end with ✕: so many attempts went with the pilot.")
+    has_losses = any(name != "running" for lane in line.lanes for name in lane.unrecorded)
+    yield _drawn(charts.gantt(line, axis), "A thick end with ✕: so many attempts went with the pilot." * has_losses)
 
 
 _HATCHED = tag(

@@ -10,7 +10,7 @@ from __future__ import annotations
 _LIGHT = {
     "paper": "#ffffff", "panel": "#f6f7f9", "ink": "#1b1f24", "soft": "#5c6670", "rule": "#dfe3e8", "link": "#0b57a4",
     "good": "#1d6f42", "bad": "#a3312b", "life": "#e9edf1", "hatch": "#8d99a5",
-    "done": "#6f9bc8", "agent": "#e0a526", "task_timeout": "#b8860b", "image": "#882255", "start": "#cc6677",
+    "done": "#6f9bc8", "agent": "#e0a526", "task_timeout": "#7a5c00", "image": "#882255", "start": "#cc6677",
     "lost": "#d0391f", "oom": "#7d1f78", "preempted": "#332288", "node_fail": "#1b1f24", "time_limit": "#117755",
     "cancelled": "#87919b", "running": "#88ccee",
     "ph-image": "#882255", "ph-launch": "#cc6677", "ph-wait": "#ddb95f", "ph-connect": "#44aa99", "ph-agent": "#6f9bc8",
@@ -19,7 +19,7 @@ _LIGHT = {
 _DARK = {
     "paper": "#14171b", "panel": "#1c2026", "ink": "#e6e9ed", "soft": "#9aa5b1", "rule": "#343b44", "link": "#7db8f5",
     "good": "#6fcf97", "bad": "#ff8a80", "life": "#2a3038", "hatch": "#77828e",
-    "done": "#4f7fb3", "agent": "#f0b93a", "task_timeout": "#c9962b", "image": "#ff9ecb", "start": "#e08a97",
+    "done": "#4f7fb3", "agent": "#f0b93a", "task_timeout": "#a3781c", "image": "#ff9ecb", "start": "#c2244f",
     "lost": "#ff6b4a", "oom": "#e6b3f0", "preempted": "#b3a6ff", "node_fail": "#f2f4f6", "time_limit": "#4dc69f",
     "cancelled": "#8b96a1", "running": "#88ccee",
     "ph-image": "#ff9ecb", "ph-launch": "#e08a97", "ph-wait": "#d9b75e", "ph-connect": "#4fb9a7", "ph-agent": "#4f7fb3",
@@ -40,6 +40,7 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; padding-top: .6rem; border-top:
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p { margin: .4rem 0; max-width: 52rem; }
 a { color: var(--link); }
+td a { display: inline-block; max-width: 100%; }
 .lead { margin-top: 1rem; }
 .soft, .note { color: var(--soft); }
 .note { font-size: .87rem; }
