@@ -11,7 +11,7 @@
     grants/<token>.json             further attempts, asked for by hand
     jobs/                           submitit's own files
     cancelled                       changes whenever the run is cancelled
-    results.jsonl, report.json …    derived
+    results.jsonl, report.html …    derived
 
 A claim is made by symlink(2): one operation, exclusive on NFS and Lustre too, and it says whose it is; when a server's
 answer was lost and the repetition finds the link there, its text tells whether it is our own. Claims are never taken
