@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_workspace.batch.attempt import Job
 from hpc_workspace.batch.claimer import Claimer
+from hpc_workspace.batch.coordinator import Coordinator, Wanted
 from hpc_workspace.batch.outcomes import (
     FAILURE_CLASSES,
     INFRA_CLASSES,
@@ -24,6 +26,7 @@ from hpc_workspace.batch.outcomes import (
 from hpc_workspace.batch.report import derive, make_report
 from hpc_workspace.batch.run_dir import RunDir
 from hpc_workspace.batch.state import RunReader
+from hpc_workspace.batch.supervisor import Pilot
 from hpc_workspace.errors import ConfigError
 from hpc_workspace.owner import Owner
 
@@ -228,6 +231,31 @@ class TestState:
         derive(run)
         assert {name: (run.path / name).read_bytes() for name in names} == before
         assert b'"model_patch": "diff --git a/x b/x\\n"' in before["preds.jsonl"]
+
+
+class TestCoordinator:
+    @pytest.fixture
+    def coordinator(self, run: RunDir) -> Coordinator:
+        pilot = Pilot(Job(agent=lambda w, t: None, options={}), run.path, 1, "/", ())
+        return Coordinator(run, pilot, Wanted(pilots=1, slurm=None))
+
+    def test_a_pilot_that_has_only_made_its_directory_is_not_silent(
+        self, run: RunDir, coordinator: Coordinator
+    ) -> None:
+        run.pilot_dir("local-here-1").mkdir()
+        run.claim("t0", 1, "local-here-1")
+        assert coordinator._look_after(RunReader(run).read()) == 1
+        assert run.read_about("local-here-1", "fate") is None
+
+    def test_one_that_gave_no_sign_for_long_is_given_up(self, run: RunDir, coordinator: Coordinator) -> None:
+        begin_pilot(run, "local-here-1")
+        run.claim("t0", 1, "local-here-1")
+        alive = run.pilot_dir("local-here-1") / "alive"
+        alive.touch()
+        assert coordinator._look_after(RunReader(run).read()) == 1
+        os.utime(alive, (0, run.server_time_s() - 121))
+        assert coordinator._look_after(RunReader(run).read()) == 0
+        assert RunReader(run).read().standings["t0"].state == "retry"
 
 
 @given(st.integers(1, 60), st.integers(1, 6), st.randoms(use_true_random=False))
