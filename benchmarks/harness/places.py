@@ -229,7 +229,7 @@ class Places:
 
         def make() -> TunedForward:
             record = record_of(workspace)
-            forward = TunedForward(record, _server_socket(record), workspace.api_key)
+            forward = TunedForward(record, _server_socket(record), workspace.api_key, self.directory)
             self._stack.callback(forward.close)
             return forward
 
