@@ -51,7 +51,7 @@ class Worker:
         return {}
 
     def health(self, *, warm_ups: int = 0) -> dict[str, Any]:
-        """One small request. Being asked leaves cold caches behind, which is what `warm_ups` right before it are for."""
+        """One small request. Being asked leaves cold caches behind: `warm_ups` come right before it."""
         return _warm(self._workspace.health, warm_ups)
 
     def command(self, *, command: str, warm_ups: int = 0) -> dict[str, Any]:
