@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import REPO
 from tests.integration.cluster import COMPUTE, VENV, Cluster
 
 pytestmark = pytest.mark.cluster
@@ -193,3 +195,31 @@ def test_a_run_under_fire_has_every_task_once(cluster: Cluster) -> None:
 @pytest.mark.long
 def test_a_long_run_under_fire_has_every_task_once(cluster: Cluster) -> None:
     chaos(cluster, 200)
+
+
+@pytest.mark.parametrize(("agent", "resolved"), [("golden", 12), ("wrong", 0)])
+def test_the_benchmark_of_real_bugs(cluster: Cluster, agent: str, resolved: int) -> None:
+    """The example, over two images of two Pythons; what the golden agent leaves is what it was given."""
+    at = "/shared/scratch/bugs"
+    put = cluster.call("status", "--json")
+    shared = Path(json.loads(put)["shared"]) / "scratch/bugs"
+    shutil.rmtree(shared, ignore_errors=True)
+    shutil.copytree(REPO / "examples", shared)
+    cluster.run("login", ["chmod", "-R", "a+rX", at], user="root")
+    images = ["/shared/images/debian-old.sif", "/shared/images/agent-server.sif"]
+    cluster.run("login", ["rm", "-rf", "run"])
+    argv = [f"{VENV}/python", f"{at}/11_batch_of_bugs.py", "run", *images, "--agent", agent, "--slurm", "cpu"]
+    ended = cluster.run("login", argv)
+    assert ended.returncode == 0, ended.stderr
+    assert f"{resolved} of 12 resolved; 0 lost to the infrastructure" in ended.stdout
+    told = cluster.run("login", ["cat", "run/preds.jsonl"]).stdout
+    found = {line["instance_id"]: line["model_patch"] for line in map(json.loads, told.splitlines())}
+    for folder in (REPO / "examples/bugs").iterdir():
+        given = (folder / f"{agent}.patch").read_text()
+        assert changes(found[folder.name]) == changes(given), folder.name
+    assert cluster.leftovers() == {}
+
+
+def changes(patch: str) -> list[str]:
+    """The lines that a patch takes and gives."""
+    return [line for line in patch.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
