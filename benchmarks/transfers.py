@@ -47,6 +47,7 @@ class Round:
     def time(self, row: str, act: Callable[[], object]) -> None:
         """One row."""
         self.seconds[row] = _took_s(act)
+        print(f"{row}: {self.seconds[row]:.2f} s", file=sys.stderr, flush=True)
 
     def over_ssh(self) -> None:
         """`scp` and each route, to and from a directory of the node's own."""
