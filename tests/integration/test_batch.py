@@ -202,7 +202,7 @@ def test_the_benchmark_of_real_bugs(cluster: Cluster, agent: str, resolved: int)
     """The example, over two images of two Pythons; what the golden agent leaves is what it was given."""
     at = "/shared/scratch/bugs"
     put = cluster.call("status", "--json")
-    shared = Path(json.loads(put)["shared"]) / "scratch/bugs"
+    shared = Path(json.loads(put.stdout)["shared"]) / "scratch/bugs"
     shutil.rmtree(shared, ignore_errors=True)
     shutil.copytree(REPO / "examples", shared)
     cluster.run("login", ["chmod", "-R", "a+rX", at], user="root")
