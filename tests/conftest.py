@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_workspace import ApptainerWorkspace, Workspace
 from tests.integration.cluster import Cluster, why_no_cluster
 
 REPO = Path(__file__).parent.parent
@@ -32,9 +33,20 @@ def cluster() -> Iterator[Cluster]:
     box.leave()
 
 
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """One that all tests of a module share, on this machine without a container."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPC_WORKSPACE_HOME", str(tmp_path_factory.mktemp("home")))
+        with ApptainerWorkspace(runtime="process") as opened:
+            yield opened
+
+
 @pytest.fixture(autouse=True)
-def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has a state directory and a store of its own."""
+def _private_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a state directory and a store of its own, unless it shares a workspace, which is in its own."""
+    if "workspace" in request.fixturenames:
+        return
     monkeypatch.setenv("HPC_WORKSPACE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HPC_WORKSPACE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))

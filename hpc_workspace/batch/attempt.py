@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import shlex
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,18 +113,12 @@ class _Outcome:
             if job.patch is not None:
                 (folder / "patch").write_bytes(workspace.patch(job.patch))
             for path in job.collect:
-                if workspace.execute_command(f"test -e {_quoted(path)}").exit_code == 0:
+                if workspace.execute_command(f"test -e {shlex.quote(path)}").exit_code == 0:
                     (folder / "files").mkdir(mode=0o700, exist_ok=True)
                     workspace.file_download(path, folder / "files" / Path(path).name)
             (folder / "server.log").write_text(workspace.logs())
         except (WorkspaceError, OSError) as error:
             self.fail("lost" if isinstance(error, WorkspaceError) else "agent", f"What it left was not kept: {error}")
-
-
-def _quoted(path: str) -> str:
-    import shlex
-
-    return shlex.quote(path)
 
 
 def _call(agent: Agent, workspace: Workspace, task: dict[str, Any]) -> Any:

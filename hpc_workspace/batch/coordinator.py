@@ -137,21 +137,20 @@ class Coordinator:
 
     def _look_after(self, state: RunState) -> int:
         """Say what became of pilots that are gone; returns how many there still are, running or queued."""
-        begun = {str(pilot.about.get("job", name)): pilot for name, pilot in state.pilots.items()}
+        begun = {pilot.job for pilot in state.pilots.values()}
         live = 0
         now_s: float | None = None
         for pilot in state.pilots.values():
             if pilot.fate is not None or pilot.is_superseded:
                 continue
-            job = str(pilot.about.get("job", pilot.name))
-            if (fate := self._find_fate(pilot, job)) is None and not pilot.is_gone:
+            if (fate := self._find_fate(pilot)) is None and not pilot.is_gone:
                 now_s = self._run.server_time_s() if now_s is None else now_s
-                fate = self._find_stale(pilot, job, now_s)
+                fate = self._find_stale(pilot, now_s)
             if fate is not None:
                 self._note_fate(pilot, fate)
             elif not pilot.is_gone:
                 live += 1
-        for job in self._jobs - set(begun):
+        for job in self._jobs - begun:
             if self._has_ended(job):
                 self._jobs.discard(job)
                 self._note_barren(job, "")
@@ -166,19 +165,19 @@ class Coordinator:
                     self._note_barren(pilot.name, str(pilot.ended.get("why")))
         return live
 
-    def _find_fate(self, pilot: PilotView, job: str) -> dict[str, object] | None:
+    def _find_fate(self, pilot: PilotView) -> dict[str, object] | None:
         """What became of a pilot's job, where somebody knows."""
         if pilot.ended is not None and pilot.ended.get("failure_class") is None:
             return None  # its own word is enough
-        if (state := self._slurm_state(job)) is not None:
+        if (state := self._slurm_state(pilot.job)) is not None:
             return {"state": state, "failure_class": class_of_state(state)}
         if pilot.ended is None and pilot.is_gone:
             return {"state": "", "failure_class": "lost"}
         return None
 
-    def _find_stale(self, pilot: PilotView, job: str, now_s: float) -> dict[str, object] | None:
+    def _find_stale(self, pilot: PilotView, now_s: float) -> dict[str, object] | None:
         """That nobody has heard of it for long, and Slurm does not say that it runs."""
-        if self._is_known_to_run(job):
+        if self._is_known_to_run(pilot.job):
             return None
         try:
             beat_s = (self._run.pilot_dir(pilot.name) / "alive").stat().st_mtime
@@ -270,7 +269,7 @@ class Coordinator:
 
     def _say_goodbye(self) -> None:
         """Wait for the pilots' own ends: they see by themselves that there is nothing left. Those that queue go."""
-        begun = {str(pilot.about.get("job")) for pilot in self._reader.read().pilots.values()}
+        begun = {pilot.job for pilot in self._reader.read().pilots.values()}
         queued = [job for job in self._jobs - begun if not job.startswith("local-")]
         with contextlib.suppress(SchedulerUnavailableError):
             cancel_jobs(queued)

@@ -34,6 +34,11 @@ class PilotView:
     is_superseded: bool = False
 
     @property
+    def job(self) -> str:
+        """The id of its job; its name, where it has not got round to saying so."""
+        return str(self.about.get("job", self.name))
+
+    @property
     def is_gone(self) -> bool:
         """Whether it is certain that it does no more."""
         if self.ended is not None or self.fate is not None or self.is_superseded:
@@ -117,7 +122,7 @@ class RunReader:
                 pilot.fate = self._run.read_about(name, "fate")
         lives: dict[str, list[PilotView]] = {}
         for pilot in self._pilots.values():
-            lives.setdefault(str(pilot.about.get("job", pilot.name)), []).append(pilot)
+            lives.setdefault(pilot.job, []).append(pilot)
         for same_job in lives.values():
             same_job.sort(key=lambda one: int(one.about.get("restarts", 0)))
             for earlier in same_job[:-1]:

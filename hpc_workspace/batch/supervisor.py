@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import signal
 import socket
 import sys
@@ -107,7 +108,7 @@ class _Supervisor:
         about = {
             "name": self.name,
             "job": self._job,
-            "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            "restarts": _restarts(),
             "node": self._node,
             "owner": str(Owner.of(os.getpid())),
             "slots": self._pilot.slots,
@@ -116,9 +117,8 @@ class _Supervisor:
         }
         self._run.write_about(self.name, "pilot", about)
         self._touch()
-        state = self._reader.read()
-        self._tasks = state.tasks
-        self._claimer = Claimer(self._run, self.name, list(state.tasks))
+        self._state = self._reader.read()
+        self._claimer = Claimer(self._run, self.name, list(self._state.tasks))
         try:
             self._work()
         finally:
@@ -155,22 +155,20 @@ class _Supervisor:
             return None
         if (task_id := self._claimer.next_fresh()) is not None:
             return task_id, 1
-        state = self._reader.read()
-        self._tasks = state.tasks
+        self._state = self._reader.read()
         now_s = clock.wall_s()
-        for task_id in state.open_tasks:
-            standing = state.standings[task_id]
+        for task_id in self._state.open_tasks:
+            standing = self._state.standings[task_id]
             number = standing.attempt.number + 1 if standing.attempt is not None else 1
             if standing.due_at <= now_s and self._run.claim(task_id, number, self.name):
                 return task_id, number
         return None
 
     def _waits_for_retry(self) -> bool:
-        """Wait a moment, if a retry is due soon."""
+        """Whether a retry is due soon, as of the look that found nothing to claim."""
         if self._pilot.tasks_max is not None and self._begun >= self._pilot.tasks_max:
             return False
-        state = self._reader.read()
-        due = [state.standings[task_id].due_at for task_id in state.open_tasks]
+        due = [self._state.standings[task_id].due_at for task_id in self._state.open_tasks]
         return bool(due) and min(due) - clock.wall_s() < _WAIT_FOR_RETRY_S
 
     def _begin(self, task_id: str, number: int) -> None:
@@ -199,7 +197,7 @@ class _Supervisor:
             os.dup2(log, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             threading.Thread(target=_end_with, args=(self._lifeline_in,), daemon=True).start()
-            task = dict(self._tasks[task_id])
+            task = dict(self._state.tasks[task_id])
             run_attempt(self._pilot.job, self._run, task, number, pilot=self.name, node=self._node, slot=slot)
             code = 0
         except SystemExit as error:
@@ -216,8 +214,6 @@ class _Supervisor:
 
     def _wait(self) -> None:
         """Until a child ends, a signal comes, or it is time to look."""
-        import select
-
         ready, _, _ = select.select([self._wake_in], [], [], _LOOK_S)
         if ready:
             os.read(self._wake_in, 4096)
@@ -279,19 +275,19 @@ class _Supervisor:
         )
 
     def _watch(self) -> None:
+        is_at_its_end = self._end_at_s - clock.wall_s() < _GRACE_S
         if self._is_ending:
             self._why = "terminated"
-        elif self._end_at_s - clock.wall_s() < _GRACE_S:
+        elif is_at_its_end:
             self._why = "time"
         for running in self._running.values():
             if self._is_ending:
                 self._tell_end(running, "cancelled")
-            elif self._why == "time" and self._end_at_s - clock.wall_s() < _GRACE_S:
+            elif is_at_its_end:
                 self._tell_end(running, "time_limit")
             elif running.began.is_over:
                 self._tell_end(running, "task_timeout")
-            if running.told is not None and running.told.is_over:
-                _signal(running.pid, signal.SIGKILL)
+        self._kill_overdue()
         if self._peaks_taken.elapsed_s >= (_LOOK_S if self._pilot.memory_bytes else _PEAKS_S):
             self._peaks_taken = clock.Deadline(None)
             self._take_peaks()
@@ -310,6 +306,11 @@ class _Supervisor:
             running.ended_as, running.told = ended_as, clock.Deadline(_GRACE_S)
             _signal(running.pid, signal.SIGTERM)
 
+    def _kill_overdue(self) -> None:
+        for running in self._running.values():
+            if running.told is not None and running.told.is_over:
+                _signal(running.pid, signal.SIGKILL)
+
     def _end_all(self, ended_as: str) -> None:
         """Leave no attempt running, whatever went wrong here."""
         for running in self._running.values():
@@ -317,9 +318,7 @@ class _Supervisor:
         while self._running:
             self._wait()
             self._reap()
-            for running in self._running.values():
-                if running.told is not None and running.told.is_over:
-                    _signal(running.pid, signal.SIGKILL)
+            self._kill_overdue()
 
     def _install_handlers(self) -> None:
         """submitit has the pilot ignore SIGTERM, and wants SIGUSR2 for itself."""
@@ -347,8 +346,13 @@ def _name() -> tuple[str, str]:
         return f"{job}-{secrets.token_hex(4)}", job
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    restarts = _restarts()
     return (f"{job}.r{restarts}" if restarts else job), job
+
+
+def _restarts() -> int:
+    """How many lives its job had before this one."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -151,7 +151,7 @@ class Looker:
         busy = Counter(
             one.attempt.pilot for one in state.standings.values() if one.state == "running" and one.attempt is not None
         )
-        begun = {str(pilot.about.get("job", name)) for name, pilot in state.pilots.items()}
+        begun = {pilot.job for pilot in state.pilots.values()}
         slurm = _Slurm()
         lines = [_pilot_line(pilot, busy[pilot.name], slurm) for pilot in state.pilots.values()]
         for job in self._jobs():
@@ -211,7 +211,7 @@ class _Slurm:
 
 def _pilot_line(pilot: PilotView, busy: int, slurm: _Slurm) -> PilotLine:
     about = pilot.about
-    job = str(about.get("job", pilot.name))
+    job = pilot.job
     state, why = "running", ""
     if pilot.ended is not None:
         state, why = "ended", str(pilot.ended.get("why", ""))

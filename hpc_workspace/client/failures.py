@@ -1,13 +1,22 @@
-"""What a server says of a file, as one of our errors."""
+"""What a server says of a file, as one of our errors; and what is begun anew after one."""
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 from hpc_workspace.client.local import printable
-from hpc_workspace.errors import FileChangedError, ServerFileError, ServerResponseError
+from hpc_workspace.errors import FileChangedError, ServerFileError, ServerResponseError, WorkspaceError
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+# How often something that changes is begun, all in all.
+_TRIES = 3
 
 _BY_STATUS = {404: errno.ENOENT, 403: errno.EACCES, 507: errno.ENOSPC}
 # The words of glibc and musl for errno, as programs print them with LC_ALL=C.
@@ -96,3 +105,22 @@ def changed_error(path: str) -> FileChangedError:
         evidence="It was begun anew each time, and nothing of it was left here.",
         remedy="Stop what writes to it, or copy it inside first.",
     )
+
+
+def until_unchanged(act: Callable[[], _T]) -> _T:
+    """What `act` returns; it is begun anew, a few times, when something changes under it.
+
+    Raises:
+        FileChangedError: it changes all the time.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            return act()
+        except FileChangedError as error:
+            note(error)
+    return act()
+
+
+def note(error: WorkspaceError) -> None:
+    """An error that is not the end."""
+    log.info("%s", printable(error.what))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import BinaryIO
 
 from hpc_workspace.client.calls import Caller
 from hpc_workspace.client.commands import Commands
+from hpc_workspace.client.failures import until_unchanged
 from hpc_workspace.client.local import (
     BytesLanding,
     BytesSource,
@@ -23,9 +25,9 @@ from hpc_workspace.client.local import (
     printable,
 )
 from hpc_workspace.client.plain_files import PlainFiles
-from hpc_workspace.client.raw_files import TRIES, RawFiles
+from hpc_workspace.client.raw_files import RawFiles
 from hpc_workspace.client.shared import SharedMount
-from hpc_workspace.errors import FileChangedError, FileError
+from hpc_workspace.errors import FileError
 from hpc_workspace.results import FileOperationResult
 
 log = logging.getLogger(__name__)
@@ -47,19 +49,13 @@ class Files:
     def upload(self, source: Path, destination: str, on_progress: Progress | None = None) -> FileOperationResult:
         """Copy a file or a directory of ours into the workspace; see `Workspace.file_upload`."""
         path = self._caller.absolute(destination)
-        for tries_left in reversed(range(TRIES)):
-            opened = DiskSource(source)
-            try:
-                _tell_left_out(opened.left_out, source)
-                self._put(opened, path, on_progress or _ignore)
-                return _result(str(source), path, opened.content_bytes)
-            except FileChangedError as error:
-                if not tries_left:
-                    raise
-                log.info("%s", error.what)
-            finally:
-                opened.close()
-        raise AssertionError("the last try returns or raises")
+        return until_unchanged(lambda: self._upload_unchanged(source, path, on_progress or _ignore))
+
+    def _upload_unchanged(self, source: Path, path: str, on_progress: Progress) -> FileOperationResult:
+        with contextlib.closing(DiskSource(source)) as opened:
+            _tell_left_out(opened.left_out, source)
+            self._put(opened, path, on_progress)
+            return _result(str(source), path, opened.content_bytes)
 
     def write(self, data: bytes, destination: str, mode: int) -> FileOperationResult:
         """Put bytes into a file of the workspace."""

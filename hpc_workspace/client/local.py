@@ -314,3 +314,17 @@ __all__ = [
     "BytesLanding", "BytesSource", "DiskLanding", "DiskSource", "Found", "Landing", "PipeLanding", "PipeSource",
     "Progress", "Source", "local_errors", "printable",
 ]  # fmt: skip
+
+
+def told(source: Source, offset: int, path: str, on_progress: Progress) -> Iterator[bytes]:
+    """The source's bytes; its errors as ours, and how far it is told."""
+    pieces = source.chunks(offset)
+    at = offset
+    while True:
+        with local_errors(getattr(source, "path", path), "read"):
+            piece = next(pieces, b"")
+        if not piece:
+            return
+        yield piece
+        at += len(piece)
+        on_progress(at, source.size)

@@ -15,12 +15,18 @@ from typing import Any
 from hpc_workspace import clock
 from hpc_workspace.client.calls import Caller, Patience
 from hpc_workspace.client.commands import Commands
-from hpc_workspace.client.failures import as_file_error, changed_error, refused_by_command, server_file_error
-from hpc_workspace.client.local import Found, Landing, Progress, Source
-from hpc_workspace.client.raw_files import COPY_BYTES, TRIES, _note, _told, url
+from hpc_workspace.client.failures import (
+    as_file_error,
+    changed_error,
+    note,
+    refused_by_command,
+    server_file_error,
+    until_unchanged,
+)
+from hpc_workspace.client.local import Found, Landing, Progress, Source, told
+from hpc_workspace.client.raw_files import COPY_BYTES, url
 from hpc_workspace.client.shared import NotSharedError
 from hpc_workspace.errors import (
-    FileChangedError,
     ServerFileError,
     ServerResponseError,
     ServerUnavailableError,
@@ -102,7 +108,7 @@ class PlainFiles:
 
         def pieces() -> Iterator[bytes]:
             yield head
-            yield from _told(source, 0, path, on_progress)
+            yield from told(source, 0, path, on_progress)
             yield tail
 
         try:
@@ -146,16 +152,11 @@ class PlainFiles:
         try:
             self._run(f"rm -rf -- {names.part} {names.tree}; rm -f -- {names.link}", names.path, "written")
         except (ServerResponseError, TunnelError, ServerUnavailableError) as error:
-            _note(error)
+            note(error)
 
     def get(self, path: str, make_landing: Callable[[Found], Landing], on_progress: Progress) -> tuple[Found, int]:
         """Bring the file or directory at `path` here. Raises: as `RawFiles.get`."""
-        for _ in range(TRIES - 1):
-            try:
-                return self._get_unchanged(path, make_landing, on_progress)
-            except FileChangedError as error:
-                _note(error)
-        return self._get_unchanged(path, make_landing, on_progress)
+        return until_unchanged(lambda: self._get_unchanged(path, make_landing, on_progress))
 
     def _get_unchanged(
         self, path: str, make_landing: Callable[[Found], Landing], on_progress: Progress

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
 from hpc_workspace import clock
 from hpc_workspace.client.bulk import BulkResponse
 from hpc_workspace.client.calls import Caller, Patience, parse_json
-from hpc_workspace.client.failures import as_file_error, changed_error
-from hpc_workspace.client.local import Found, Landing, Progress, Source, local_errors, printable
+from hpc_workspace.client.failures import as_file_error, changed_error, note, until_unchanged
+from hpc_workspace.client.local import Found, Landing, Progress, Source, told
 from hpc_workspace.client.shared import NotSharedError
 from hpc_workspace.errors import (
-    FileChangedError,
     ServerResponseError,
     ServerUnavailableError,
     TunnelError,
@@ -26,8 +25,6 @@ from hpc_workspace.errors import (
 COPY_BYTES = 1024 * 1024
 # What is larger gets a connection of its own.
 _SMALL_BYTES = 2 * COPY_BYTES
-# How often something that changes is begun anew.
-TRIES = 3
 _GONE, _NOT_SHARED, _CHANGED = 404, 410, 412
 _SAME = b"="
 
@@ -93,7 +90,7 @@ class RawFiles:
             headers["Content-Length"] = str(source.size - offset)
 
         def body() -> dict[str, Any]:
-            return {"content": _told(source, offset, path, on_progress)}
+            return {"content": told(source, offset, path, on_progress)}
 
         try:
             self._caller.send(
@@ -133,7 +130,7 @@ class RawFiles:
         try:
             self._caller.send("DELETE", f"/api/file/uploads/{upload_id}", is_repeatable=False)
         except WorkspaceError as error:
-            _note(error)
+            note(error)
 
     def get(self, path: str, make_landing: Callable[[Found], Landing], on_progress: Progress) -> tuple[Found, int]:
         """Bring the file or directory at `path` here. Returns what it is, and the bytes of its files.
@@ -143,12 +140,7 @@ class RawFiles:
             FileError: our disk, or the workspace's, says no; nothing of it was left.
             ServerError, TunnelError
         """
-        for _ in range(TRIES - 1):
-            try:
-                return self._get_unchanged(path, make_landing, on_progress)
-            except FileChangedError as error:
-                _note(error)
-        return self._get_unchanged(path, make_landing, on_progress)
+        return until_unchanged(lambda: self._get_unchanged(path, make_landing, on_progress))
 
     def _get_unchanged(
         self, path: str, make_landing: Callable[[Found], Landing], on_progress: Progress
@@ -315,23 +307,3 @@ def _parse_found(headers: Any) -> Found:
         )
     except (KeyError, ValueError) as error:
         raise ServerResponseError("GET /api/file/raw: the answer is none.", evidence=repr(error)) from error
-
-
-def _told(source: Source, offset: int, path: str, on_progress: Progress) -> Iterator[bytes]:
-    """The source's bytes; its errors as ours, and how far it is told."""
-    pieces = source.chunks(offset)
-    at = offset
-    while True:
-        with local_errors(getattr(source, "path", path), "read"):
-            piece = next(pieces, b"")
-        if not piece:
-            return
-        yield piece
-        at += len(piece)
-        on_progress(at, source.size)
-
-
-def _note(error: WorkspaceError) -> None:
-    from hpc_workspace.client.calls import log
-
-    log.info("%s", printable(error.what))

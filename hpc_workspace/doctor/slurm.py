@@ -83,22 +83,16 @@ def configuration(site: Site) -> Mapping[str, str]:
 
     def ask() -> dict[str, str]:
         try:
-            ended = _ask(["scontrol", "show", "config"])
+            ended = _ask(slurm_commands.build_config_argv())
         except processes.ProgramTimeoutError as error:
             raise SchedulerUnavailableError(_SILENT, evidence=str(error)) from error
         except PrerequisiteError as error:
             raise SchedulerUnavailableError(_SILENT, evidence=error.what) from error
         if ended.returncode != 0:
             raise SchedulerUnavailableError(_SILENT, evidence=_first_line(ended.said))
-        return parse_configuration(ended.stdout)
+        return slurm_commands.parse_config(ended.stdout)
 
     return site.once("slurm configuration", ask)
-
-
-def parse_configuration(text: str) -> dict[str, str]:
-    """Names and values of `scontrol show config`; what is not set, `(null)`, is left out."""
-    pairs = (line.partition(" = ") for line in text.splitlines() if " = " in line)
-    return {name.strip(): value.strip() for name, _, value in pairs if value.strip() != "(null)"}
 
 
 def look_job_limits(site: Site) -> Verdict | None:

@@ -189,12 +189,14 @@ def cancel_jobs(job_ids: Sequence[str]) -> None:
     """
     if not job_ids:
         return
+    single = job_ids[0] if len(job_ids) == 1 else ""
     try:
         ended = _ask_slurm(slurm_commands.build_scancel_argv(*job_ids))
     except processes.ProgramTimeoutError as error:
-        raise SchedulerUnavailableError(str(error)) from error
+        raise SchedulerUnavailableError(str(error), job_id=single) from error
     if ended.returncode != 0 and "Invalid job id" not in ended.said:
-        raise SchedulerUnavailableError("scancel failed.", evidence=ended.said)
+        what = single or f"of {len(job_ids)} jobs"
+        raise SchedulerUnavailableError(f"scancel {what} failed.", job_id=single, evidence=ended.said)
 
 
 def read_array_max() -> int | None:
@@ -365,13 +367,7 @@ class SlurmLaunched:
         """
         if self._last.is_final:
             return
-        argv = slurm_commands.build_scancel_argv(self._job)
-        try:
-            ended = _ask_slurm(argv)
-        except processes.ProgramTimeoutError as error:
-            raise SchedulerUnavailableError(str(error), job_id=self._job) from error
-        if ended.returncode != 0 and "Invalid job id" not in ended.said:
-            raise SchedulerUnavailableError(f"scancel {self._job} failed.", job_id=self._job, evidence=ended.said)
+        cancel_jobs([self._job])
 
     def wait_gone(self, timeout_s: float) -> bool:
         deadline = clock.Deadline(timeout_s)

@@ -208,9 +208,9 @@ def build_config_argv() -> list[str]:
 
 
 def parse_config(stdout: str) -> dict[str, str]:
-    """The lines `Name = value` of Slurm's configuration."""
-    pairs = (line.partition("=") for line in stdout.splitlines() if "=" in line)
-    return {name.strip(): value.strip() for name, _, value in pairs}
+    """Names and values of Slurm's configuration; what is not set, `(null)`, is left out."""
+    pairs = (line.partition(" = ") for line in stdout.splitlines() if " = " in line)
+    return {name.strip(): value.strip() for name, _, value in pairs if value.strip() != "(null)"}
 
 
 def build_scancel_argv(*job_ids: str) -> list[str]:

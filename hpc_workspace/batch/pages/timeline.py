@@ -113,7 +113,7 @@ def _successors(pilots: Mapping[str, PilotView]) -> dict[str, float]:
     """When the next life of its job began, for pilots that had one."""
     lives: dict[str, list[PilotView]] = defaultdict(list)
     for pilot in pilots.values():
-        lives[str(pilot.about.get("job", pilot.name))].append(pilot)
+        lives[pilot.job].append(pilot)
     found = {}
     for same_job in lives.values():
         same_job.sort(key=lambda one: _number(one.about.get("started_at")) or 0.0)
